@@ -1,0 +1,397 @@
+"""Every option of the toolkit, typed, strict and in one place.
+
+    defaults (the dataclass below)  <  YAML (--config)  <  command line
+
+`TrainConfig` is frozen. An unknown key is an error that names the nearest known one; all problems of a run are
+collected and raised once, as one `UserError` whose text is meant for the person at the shell. Nothing here changes
+a value: what was given is used as it is or refused.
+
+One owner per number: this file's options (YAML and command line) own the training numbers, the DeepSpeed JSON owns
+ZeRO stage, buckets and offload, the Accelerate YAML owns process count and launcher. `cross_check` compares them.
+
+Imports the standard library and yaml only, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+import os
+import sys
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+DEFAULT_CURRICULUM = "0:1048576,2500:1310720,5000:1572864,7500:1835008,10000:2097152"
+HUB_MODEL = "moonshotai/Kimi-Linear-48B-A3B-Base"
+
+
+class UserError(Exception):
+    """A mistake the user can mend: the text names the key, the value, the rule and a fix. Scripts exit with 2."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of the length curriculum: from `start_step` on, sequences of `seq_length` tokens."""
+
+    start_step: int
+    seq_length: int
+
+
+def parse_curriculum(text: str) -> tuple[Stage, ...]:
+    """`"0:1048576,2500:1310720"` -> stages. Steps must start at 0 and increase; lengths must be positive.
+
+    Lengths may also fall (a user may want to cool down on short sequences), steps may not.
+    """
+    stages = []
+    for part in str(text).split(","):
+        try:
+            step, length = (int(number.replace("_", "")) for number in part.strip().split(":"))
+        except ValueError:
+            raise UserError(
+                f"curriculum: {part.strip()!r} is not STEP:TOKENS; write it as {DEFAULT_CURRICULUM!r}"
+            ) from None
+        stages.append(Stage(step, length))
+    if stages[0].start_step != 0:
+        raise UserError(f"curriculum: the first stage starts at step {stages[0].start_step}; it must start at step 0")
+    for before, after in zip(stages, stages[1:], strict=False):
+        if after.start_step <= before.start_step:
+            raise UserError(
+                f"curriculum: steps must increase, but step {after.start_step} comes after step {before.start_step}"
+            )
+    for stage in stages:
+        if stage.seq_length < 2:
+            raise UserError(f"curriculum: step {stage.start_step} has {stage.seq_length} tokens; at least 2 are needed")
+    return tuple(stages)
+
+
+def option(default, help, *, choices=None):
+    """A field of TrainConfig with its help text and, where it applies, its allowed values."""
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    # --- what is trained, on what, to where
+    data_dir: str = option("./data/tokenized_2m", "folder of token shards written by tokenize_dataset.py")
+    output_dir: str = option("./checkpoints/kimi-2m", "where checkpoints, metrics.jsonl and the log go")
+    model_name_or_path: str = option(HUB_MODEL, "Hub name or local folder of the checkpoint to continue from")
+    model_config: str | None = option(None, "JSON of a Kimi-Linear config: start from random weights instead")
+    deepspeed: str | None = option(
+        None, "DeepSpeed JSON (ZeRO stage, buckets, offload); must be the one Accelerate uses"
+    )
+    accelerate_config: str | None = option(
+        None, "the Accelerate YAML of the launch, read for its process count (cross-check, planning)"
+    )
+    # --- schedule
+    curriculum: str = option(DEFAULT_CURRICULUM, "length curriculum as STEP:TOKENS,STEP:TOKENS,...")
+    num_train_steps: int = option(30000, "optimizer steps in all")
+    per_device_train_batch_size: int = option(1, "sequences per GPU and micro-step")
+    gradient_accumulation_steps: int = option(256, "micro-steps per optimizer step")
+    tokens_per_step: int | None = option(
+        None, "hold tokens per optimizer step at this number in every stage by changing the accumulation"
+    )
+    learning_rate: float = option(1e-5, "peak learning rate")
+    warmup_steps: int = option(1000, "optimizer steps of linear warmup")
+    lr_scheduler_type: str = option("cosine", "after warmup", choices=("constant", "linear", "cosine"))
+    weight_decay: float = option(0.1, "AdamW weight decay, on matrices only (norms, gates and biases have none)")
+    adam_beta1: float = option(0.9, "AdamW beta1")
+    adam_beta2: float = option(0.95, "AdamW beta2")
+    adam_epsilon: float = option(1e-8, "AdamW epsilon")
+    max_grad_norm: float = option(1.0, "clip gradients to this global norm; 0 means no clipping")
+    seed: int = option(1234, "order of the data and random initialisation")
+    # --- precision, memory, kernels
+    bf16: bool = option(True, "bfloat16 weights and activations with fp32 master weights; --no-bf16 means fp32")
+    gradient_checkpointing: bool = option(
+        True, "recompute activations in backward (the tiled engine always does; this is for --engine reference)"
+    )
+    engine: str = option(
+        "tiled",
+        "tiled: exact tiling of every layer (long_sequence.py); reference: transformers' own forward",
+        choices=("tiled", "reference"),
+    )
+    segment_tokens: int | None = option(None, "tokens per KDA segment of the tiled engine; default: planned")
+    heads_per_group: int | None = option(None, "attention heads per MLA group of the tiled engine; default: planned")
+    token_tile: int | None = option(None, "tokens per MoE, MLP and loss tile of the tiled engine; default: planned")
+    offload: str = option(
+        "auto",
+        "where the tiled engine keeps layer boundaries between forward and backward",
+        choices=("auto", "host", "gpu"),
+    )
+    attention_outputs: str = option(
+        "auto",
+        "keep (output, log-sum-exp) of every MLA layer for backward, or recompute the quadratic attention",
+        choices=("auto", "keep", "recompute"),
+    )
+    attention_backend: str = option(
+        "auto", "kernel of full attention", choices=("auto", "flash4", "cudnn", "flash", "reference")
+    )
+    document_mask: bool = option(False, "reset KDA state and convolution and stop attention at document borders")
+    trainable: str = option("all", "which parameters are trained", choices=("all", "no_experts", "attention"))
+    gpu_memory_gib: float | None = option(None, "use at most this much memory of each GPU; default: what the card has")
+    host_memory_gib: float | None = option(None, "plan with this much host memory; default: what the machine has")
+    force: bool = option(False, "start although the planner says that the run cannot fit")
+    # --- logging and checkpoints
+    logging_steps: int = option(1, "print a progress line every N steps (metrics.jsonl gets every step)")
+    save_steps: int = option(500, "checkpoint every N steps; the last step is always saved")
+    save_total_limit: int = option(3, "keep the newest N checkpoints; 0 keeps all")
+    resume_from_checkpoint: str | None = option(None, "a checkpoint folder, or 'latest' for the newest in output_dir")
+    stop_after_steps: int | None = option(None, "checkpoint and exit once this many steps of the schedule are done")
+    wandb_project: str | None = option(None, "log to this W&B project")
+    wandb_run_name: str | None = option(None, "name of the W&B run")
+    wandb_mode: str = option("online", "W&B mode", choices=("online", "offline", "disabled"))
+    gpu_hour_usd: float | None = option(None, "price of one GPU hour, for the cost in the plan")
+    dry_run: bool = option(False, "print the resolved plan and exit")
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        return parse_curriculum(self.curriculum)
+
+
+FIELDS = {f.name: f for f in dataclasses.fields(TrainConfig)}
+_TYPES = typing.get_type_hints(TrainConfig)
+
+
+def _plain_type(name: str) -> tuple[type, bool]:
+    """The scalar type of a field and whether None is allowed."""
+    hint = _TYPES[name]
+    if isinstance(hint, types.UnionType):
+        return next(t for t in typing.get_args(hint) if t is not type(None)), True
+    return hint, False
+
+
+def _coerce(name: str, value, source: str, problems: list[str]):
+    """`value` as the field's type. YAML reads 1e-5 as a string, so numbers in strings are accepted; bools are not."""
+    kind, optional = _plain_type(name)
+    if value is None and optional:
+        return None
+    try:
+        if kind is bool:
+            if isinstance(value, bool):
+                return value
+            raise ValueError
+        if isinstance(value, bool) or isinstance(value, (list, dict)) or value is None:
+            raise ValueError
+        if kind is int:
+            if isinstance(value, float):
+                raise ValueError
+            return int(str(value).replace("_", ""))
+        return kind(value)
+    except ValueError:
+        problems.append(
+            f"{source}: {name}: {value!r} is not {'a' if kind.__name__[0] != 'i' else 'an'} {kind.__name__}"
+        )
+        return None
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Continual pretraining of Kimi-Linear from 1M to 2M tokens of context.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", help="YAML with any of the options below; the command line wins over it")
+    for name, f in FIELDS.items():
+        kind, _ = _plain_type(name)
+        spec: dict = {"default": argparse.SUPPRESS, "dest": name}
+        # '%' is argparse's own formatting character
+        spec["help"] = f"{f.metadata['help']} (default: {f.default})".replace("%", "%%")
+        if kind is bool:
+            parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, **spec)
+        else:
+            parser.add_argument(f"--{name}", metavar=kind.__name__.upper(), **spec)
+    return parser
+
+
+def read_yaml(path: str) -> dict:
+    """The mapping in a YAML file, read with the safe loader. Raises UserError with the file's name."""
+    try:
+        text = Path(path).read_text()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {error}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected 'key: value' lines, found a {type(values).__name__}")
+    return values
+
+
+def read_json(path: str) -> dict:
+    """The object in a JSON file. Raises UserError with the file's name."""
+    try:
+        values = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected a JSON object, found a {type(values).__name__}")
+    return values
+
+
+def unknown_key(name: str, known, source: str) -> str:
+    """The sentence for a misspelt key, with the nearest known one."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"{source}: unknown key {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+
+
+def load_config(argv: list[str] | None = None) -> TrainConfig:
+    """Defaults < YAML < command line. Raises one UserError with every problem found."""
+    parser = build_parser()
+    arguments, extra = parser.parse_known_args(argv)
+    problems: list[str] = []
+    for word in extra:
+        if word.startswith("--"):
+            problems.append(unknown_key(word[2:].split("=")[0], [*FIELDS, "config"], "command line"))
+        else:
+            problems.append(f"command line: {word!r} belongs to no option")
+    values: dict = {}
+    if arguments.config:
+        for name, value in read_yaml(arguments.config).items():
+            if name not in FIELDS:
+                problems.append(unknown_key(str(name), FIELDS, arguments.config))
+            else:
+                values[name] = _coerce(name, value, arguments.config, problems)
+    for name, value in vars(arguments).items():
+        if name != "config":
+            values[name] = _coerce(name, value, "command line", problems)
+    if problems:
+        raise UserError("\n".join(problems))
+    config = TrainConfig(**values)
+    problems += check(config)
+    if problems:
+        raise UserError("\n".join(problems))
+    return config
+
+
+def check(config: TrainConfig) -> list[str]:
+    """Every rule a value alone or two values together must keep; one sentence per broken rule."""
+    problems = []
+    for name, f in FIELDS.items():
+        value, choices = getattr(config, name), f.metadata["choices"]
+        if choices and value not in choices:
+            problems.append(f"{name}: {value!r} is not one of {', '.join(choices)}")
+    try:
+        parse_curriculum(config.curriculum)
+    except UserError as error:
+        problems.append(str(error))
+    positive = (
+        "num_train_steps per_device_train_batch_size gradient_accumulation_steps tokens_per_step logging_steps "
+        "save_steps segment_tokens heads_per_group token_tile gpu_memory_gib host_memory_gib stop_after_steps"
+    )
+    for name in positive.split():
+        value = getattr(config, name)
+        if value is not None and value <= 0:
+            problems.append(f"{name}: {value} must be greater than 0")
+    for name in "learning_rate warmup_steps weight_decay max_grad_norm save_total_limit adam_epsilon".split():
+        if getattr(config, name) < 0:
+            problems.append(f"{name}: {getattr(config, name)} must not be negative")
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(config, name) < 1:
+            problems.append(f"{name}: {getattr(config, name)} must be in [0, 1)")
+    return problems
+
+
+# ---------------------------------------------------------------------------- numbers that live in several files
+
+
+def cross_check(config: TrainConfig, *, world_size: int | None, environ=os.environ) -> list[str]:
+    """Disagreements between this config, the DeepSpeed JSON, the Accelerate YAML and the launch; one sentence each.
+
+    `world_size` is the number of launched processes, or None when nothing was launched (--dry_run, planning).
+    """
+    problems: list[str] = []
+    launched_json = environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    accelerate_yaml = read_yaml(config.accelerate_config) if config.accelerate_config else {}
+    yaml_json = (accelerate_yaml.get("deepspeed_config") or {}).get("deepspeed_config_file")
+    for source, other in (("the launched Accelerate YAML", launched_json), (config.accelerate_config, yaml_json)):
+        if config.deepspeed and other and Path(other).resolve() != Path(config.deepspeed).resolve():
+            problems.append(
+                f"deepspeed: --deepspeed names {config.deepspeed!r} but {source} names {other!r} "
+                "(deepspeed_config_file); make them the same file"
+            )
+    processes = world_size
+    yaml_processes = accelerate_yaml.get("num_processes")
+    if processes is None:
+        processes = yaml_processes
+    elif yaml_processes is not None and yaml_processes != processes:
+        problems.append(
+            f"num_processes: {config.accelerate_config} says {yaml_processes} but {processes} processes were launched; "
+            "launch with that file or mend it"
+        )
+    yaml_accumulation = (accelerate_yaml.get("deepspeed_config") or {}).get("gradient_accumulation_steps")
+    if yaml_accumulation not in (None, "auto", config.gradient_accumulation_steps):
+        problems.append(
+            f"gradient_accumulation_steps: {config.accelerate_config} says {yaml_accumulation} but the training config "
+            f"says {config.gradient_accumulation_steps}; the training config owns it, take it out of the other"
+        )
+    if config.deepspeed:
+        problems += check_deepspeed_json(config, read_json(config.deepspeed), processes)
+    return problems
+
+
+def check_deepspeed_json(config: TrainConfig, ds: dict, processes: int | None) -> list[str]:
+    """The DeepSpeed JSON may say 'auto' or nothing where the training config owns the number; else it must agree."""
+    problems = []
+    zero = ds.get("zero_optimization") or {}
+    offload = [
+        k for k in ("offload_optimizer", "offload_param") if (zero.get(k) or {}).get("device") not in (None, "none")
+    ]
+    if zero.get("stage") != 3:
+        asked = f" and {' and '.join(offload)} needs it" if offload else ""
+        problems.append(
+            f"{config.deepspeed}: zero_optimization.stage is {zero.get('stage')!r}; this trainer needs stage 3"
+            f"{asked} (49 B parameters do not fit one GPU)"
+        )
+    owned = {
+        "train_micro_batch_size_per_gpu": config.per_device_train_batch_size,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "gradient_clipping": config.max_grad_norm,
+    }
+    if processes:
+        owned["train_batch_size"] = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
+    for key, ours in owned.items():
+        theirs = ds.get(key, "auto")
+        if theirs != "auto" and theirs != ours:
+            problems.append(
+                f"{key}: {config.deepspeed} says {theirs} but the training config gives {ours}; "
+                f'write "auto" in {config.deepspeed}'
+            )
+    bf16 = (ds.get("bf16") or {}).get("enabled", "auto")
+    if bf16 not in ("auto", config.bf16):
+        problems.append(f"bf16: {config.deepspeed} says {bf16} but the training config says {config.bf16}")
+    if (ds.get("fp16") or {}).get("enabled") is True:
+        problems.append(f"fp16: {config.deepspeed} enables fp16; Kimi-Linear was trained in bf16, use --bf16")
+    for section in ("optimizer", "scheduler"):
+        if section in ds:
+            problems.append(
+                f"{section}: {config.deepspeed} has a section {section!r}; the training config owns it, remove the section"
+            )
+    return problems
+
+
+def world_size_of(config: TrainConfig, environ=os.environ) -> int | None:
+    """Processes of this launch (WORLD_SIZE), None when nothing was launched."""
+    return int(environ["WORLD_SIZE"]) if "WORLD_SIZE" in environ else None
+
+
+def run_main(main) -> None:
+    """Run a script's main: a UserError becomes its sentence on stderr and exit code 2, nothing else is hidden."""
+    try:
+        code = main()
+    except UserError as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(code or 0)
