@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import itertools
 import json
 import os
 import sys
@@ -59,7 +60,7 @@ def parse_curriculum(text: str) -> tuple[Stage, ...]:
         stages.append(Stage(step, length))
     if stages[0].start_step != 0:
         raise UserError(f"curriculum: the first stage starts at step {stages[0].start_step}; it must start at step 0")
-    for before, after in zip(stages, stages[1:], strict=False):
+    for before, after in itertools.pairwise(stages):
         if after.start_step <= before.start_step:
             raise UserError(
                 f"curriculum: steps must increase, but step {after.start_step} comes after step {before.start_step}"
@@ -175,7 +176,7 @@ def _coerce(name: str, value, source: str, problems: list[str]):
             if isinstance(value, bool):
                 return value
             raise ValueError
-        if isinstance(value, bool) or isinstance(value, (list, dict)) or value is None:
+        if isinstance(value, (bool, list, dict)) or value is None:
             raise ValueError
         if kind is int:
             if isinstance(value, float):
@@ -292,7 +293,7 @@ def check(config: TrainConfig) -> list[str]:
         value = getattr(config, name)
         if value is not None and value <= 0:
             problems.append(f"{name}: {value} must be greater than 0")
-    for name in "learning_rate warmup_steps weight_decay max_grad_norm save_total_limit adam_epsilon".split():
+    for name in ("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "save_total_limit", "adam_epsilon"):
         if getattr(config, name) < 0:
             problems.append(f"{name}: {getattr(config, name)} must not be negative")
     for name in ("adam_beta1", "adam_beta2"):

@@ -80,7 +80,7 @@ def git_commit() -> str:
 class RunLog:
     """The log of one training run. Only rank 0 prints and writes; every rank may call.
 
-    Raises UserError-free: a log that cannot be written ends the run, since a run without evidence is worth little.
+    A log that cannot be written ends the run (OSError): a run without evidence is worth little.
     """
 
     def __init__(self, output_dir: str | Path, *, rank: int):
@@ -89,8 +89,8 @@ class RunLog:
         if self.is_main:
             self.folder = Path(output_dir)
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._text = open(self.folder / "log.txt", "a", buffering=1)
-            self._jsonl = open(self.folder / "metrics.jsonl", "a", buffering=1)
+            self._text = open(self.folder / "log.txt", "a", buffering=1)  # noqa: SIM115
+            self._jsonl = open(self.folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
             self._text.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(sys.argv)}\n")
 
     def line(self, text: str = "") -> None:
@@ -111,7 +111,7 @@ class RunLog:
             self.wandb.log({k: v for k, v in values.items() if isinstance(v, (int, float))}, step=values["step"])
 
     def start_wandb(self, *, project: str | None, name: str | None, mode: str, config: dict) -> None:
-        """Start W&B on rank 0 if a project is named. Without wandb installed that is a UserError-like sentence."""
+        """Start W&B on rank 0 if a project is named. Raises UserError if wandb is not installed."""
         if not self.is_main or not project or mode == "disabled":
             return
         try:
