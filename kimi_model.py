@@ -2,7 +2,7 @@
 
     model_config = read_model_config(config)                       # transformers' KimiLinearConfig, 2M positions
     model = load_model(config, model_config, device=device)        # Hub name or folder (also under ZeRO-3), or random
-    fp32 = take_fp32_parameters(model, checkpoint, device)         # A_log, dt_bias: a path of their own, see below
+    leaves, buffers = take_fp32(model, checkpoint=..., device=...) # A_log, dt_bias, router bias: see below
     install_long_sequence(model, ...)                              # the tiled engine of long_sequence.py
 
 This is the only file that names the model's modules. What it does not do: no layer is written anew here, the class is
@@ -181,7 +181,7 @@ def use_reference_kernels(model) -> None:
 
 
 def read_fp32_tensors(checkpoint: str) -> dict[str, torch.Tensor]:
-    """The checkpoint's own A_log, dt_bias and e_score_correction_bias as fp32, by (layer, name): '3.A_log'.
+    """The checkpoint's own A_log, dt_bias and e_score_correction_bias as fp32, by layer and name: 'layers.3.A_log'.
 
     `checkpoint` is a Hub name or folder in the Hub's layout. Reads these tensors only (82,000 numbers of 49 B), from
     safetensors files. Source of the names: the released checkpoint's index.
@@ -201,50 +201,51 @@ def read_fp32_tensors(checkpoint: str) -> dict[str, torch.Tensor]:
             for name in tensors.keys():  # noqa: SIM118 (safe_open has no __iter__)
                 match = re.search(r"layers\.(\d+)\..*\b(" + "|".join((*FP32_PARAMETERS, *FP32_BUFFERS)) + ")$", name)
                 if match:
-                    found[f"{match[1]}.{match[2]}"] = tensors.get_tensor(name).float()
+                    found[f"layers.{match[1]}.{match[2]}"] = tensors.get_tensor(name).float()
     return found
 
 
-def take_fp32_parameters(model, *, checkpoint: str | None, device: torch.device) -> dict[str, torch.Tensor]:
-    """Move A_log and dt_bias out of the parameters into fp32 leaf tensors, and the router biases back to fp32.
+def take_fp32(model, *, checkpoint: str | None, device: torch.device) -> tuple[dict, dict]:
+    """Move A_log and dt_bias out of the parameters into fp32 leaf tensors; collect the router biases in fp32.
 
-    Call it after loading and before DeepSpeed sees the model. Returns {'layers.3.A_log': leaf [1, 1, H, 1], ...}, every
-    leaf with requires_grad; the modules find them under their old attribute names, so any forward uses them.
+    Call it after loading and before DeepSpeed sees the model. Returns
+      leaves  {'layers.3.A_log': [1, 1, H, 1], 'layers.3.dt_bias': [H * K], ...}, each with requires_grad; the modules
+              find them under their old attribute names, so any forward uses them;
+      buffers {'layers.3.e_score_correction_bias': [experts], ...}, for `restore_fp32_buffers`.
     With a `checkpoint` the values are its own, bit for bit; without one they are the model's initial values.
     """
-    from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearForgetGate
-
     stored = read_fp32_tensors(checkpoint) if checkpoint else {}
-    taken = {}
+    leaves, buffers = {}, {}
+    for key, module, name in _fp32_places(model):
+        if name in FP32_BUFFERS:
+            buffers[key] = stored.get(key, module._buffers[name]).detach().float().to(device)
+            continue
+        parameter = module._parameters[name]
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        value = stored[key] if key in stored else _gathered(parameter)
+        leaf = value.detach().float().reshape(shape).to(device).clone().requires_grad_()
+        del module._parameters[name]
+        setattr(module, name, leaf)
+        leaves[key] = leaf
+    restore_fp32_buffers(model, buffers)
+    return leaves, buffers
+
+
+def restore_fp32_buffers(model, buffers: dict[str, torch.Tensor]) -> None:
+    """Put the router biases back as fp32. DeepSpeed casts buffers when it wraps the model, so call it again after that:
+    in bf16 a handful of distinct values would be left for 256 experts."""
+    for key, module, name in _fp32_places(model):
+        if name in FP32_BUFFERS:
+            module._buffers[name] = buffers[key]
+
+
+def _fp32_places(model):
+    """(key, module, attribute) of everything that stays fp32: ('layers.3.A_log', forget gate of layer 3, 'A_log')."""
     for layer_index, layer in enumerate(model.model.layers):
         for module in layer.modules():
-            if isinstance(module, KimiLinearForgetGate):
-                for name in FP32_PARAMETERS:
-                    parameter = module._parameters[name]
-                    shape = getattr(parameter, "ds_shape", parameter.shape)
-                    value = stored.get(f"{layer_index}.{name}")
-                    if value is None:
-                        value = _gathered(parameter)
-                    leaf = value.detach().float().reshape(shape).to(device).clone().requires_grad_()
-                    del module._parameters[name]
-                    setattr(module, name, leaf)
-                    taken[f"layers.{layer_index}.{name}"] = leaf
-    restore_fp32_buffers(model, stored, device)
-    return taken
-
-
-def restore_fp32_buffers(model, stored: dict[str, torch.Tensor], device: torch.device) -> None:
-    """Every router's e_score_correction_bias as fp32 on `device`; from `stored` where it holds the layer's.
-
-    DeepSpeed casts buffers when it wraps the model, so the trainer calls this again afterwards: in bf16 a handful of
-    distinct values would be left for 256 experts.
-    """
-    for layer_index, layer in enumerate(model.model.layers):
-        for module in layer.modules():
-            for name in FP32_BUFFERS:
-                if name in module._buffers:
-                    value = stored.get(f"{layer_index}.{name}", module._buffers[name])
-                    module._buffers[name] = value.detach().float().to(device)
+            for name in (*FP32_PARAMETERS, *FP32_BUFFERS):
+                if name in module._parameters or name in module._buffers:
+                    yield f"layers.{layer_index}.{name}", module, name
 
 
 def _gathered(parameter) -> torch.Tensor:

@@ -1,0 +1,570 @@
+"""Continual pretraining of Kimi-Linear from 1M to 2M tokens of context: config, data, model, optimizer, loop.
+
+    accelerate launch --config_file accelerate_config_h100.yaml train_continual_2m.py \
+        --config config_h100_2x.yaml --data_dir ./data/tokenized_2m --output_dir ./checkpoints/kimi-2m-h100 \
+        --deepspeed deepspeed_config_h100.json
+
+    python train_continual_2m.py --config config_h100_2x.yaml --dry_run      # the resolved plan, nothing started
+
+The pipeline: options are checked against each other and against the data (before any process group exists, so that a
+mistake costs a second), the planner says what the run needs, the model is loaded under DeepSpeed ZeRO-3, a checkpoint
+is resumed if asked for, then one optimizer step after another. Everything that a step depends on is a pure function of
+(config, data, step): tokens, learning rate, random seed. So resuming needs the weights, the moments and the step.
+
+Exit codes: 0 done or stopped by SIGTERM/Ctrl-C with a checkpoint, 2 a mistake in the input, 3 five steps in a row with a
+non-finite loss or gradient (checkpoint written).
+
+Symbols: B sequences per micro-step and rank, T tokens of the stage.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+import signal
+import time
+from pathlib import Path
+
+import data_loader
+import memory_utils
+from config import HUB_MODEL, TrainConfig, UserError, cross_check, load_config, read_json, run_main, world_size_of
+from run_log import RunLog, git_commit, human_count, human_time, say, versions
+
+MAX_SKIPS_IN_A_ROW = 5
+PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "fla-core", "flash-attn-4", "triton", "numpy", "wandb")
+
+
+def main() -> int:
+    config = load_config()
+
+    # --- check everything that can be checked without a GPU, a process group or the weights
+    world_size = world_size_of(config)
+    problems = cross_check(config, world_size=world_size)
+    if world_size is None and not config.dry_run:
+        problems.append(
+            "launch: no processes were launched; start with 'accelerate launch --config_file accelerate_config_h100.yaml "
+            "train_continual_2m.py ...' (or add --dry_run to see the plan)"
+        )
+    deepspeed_json = config.deepspeed or os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    if not deepspeed_json and not config.dry_run:
+        problems.append("deepspeed: no DeepSpeed JSON is given; add --deepspeed deepspeed_config_h100.json")
+    if problems:
+        raise UserError("\n".join(problems))
+    processes = world_size or planned_processes(config)
+    dataset = open_data(config)
+    schedule = data_loader.Schedule(
+        stages=config.stages,
+        num_train_steps=config.num_train_steps,
+        world_size=processes,
+        per_device_train_batch_size=config.per_device_train_batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        tokens_per_step=config.tokens_per_step,
+    )
+    shape = model_shape(config)
+
+    # --- say what the run needs, before the money is spent
+    plan = make_plan(config, shape, processes, dataset)
+    say(schedule.describe(dataset))
+    say(plan.text())
+    if config.dry_run:
+        say("\nresolved options:")
+        say("\n".join(f"  {name}: {value}" for name, value in dataclasses.asdict(config).items()))
+        return 0
+    if not plan.fits and not config.force:
+        raise UserError(f"plan: {plan.verdict}; see 'python memory_utils.py --suggest', or start anyway with --force")
+    return train(config, deepspeed_json, dataset, schedule, shape, plan)
+
+
+# ---------------------------------------------------------------------------------------------- before the start
+
+
+def planned_processes(config: TrainConfig) -> int:
+    """Process count for a plan when nothing was launched: the Accelerate YAML's, else 1."""
+    if config.accelerate_config:
+        from config import read_yaml
+
+        return int(read_yaml(config.accelerate_config).get("num_processes") or 1)
+    return 1
+
+
+def open_data(config: TrainConfig):
+    """The token data set; a dry run may come before the data exists."""
+    try:
+        return data_loader.open_dataset(config.data_dir)
+    except UserError as error:
+        if not config.dry_run:
+            raise
+        say(f"data: {error} (planning without it)")
+        return None
+
+
+def model_shape(config: TrainConfig) -> memory_utils.ModelShape:
+    """Shapes for planning and FLOPs, without loading weights; the released model's where only its Hub name is given."""
+    if config.model_config:
+        return memory_utils.ModelShape.from_config_dict(read_json(config.model_config))
+    local = Path(config.model_name_or_path) / "config.json"
+    if local.is_file():
+        return memory_utils.ModelShape.from_config_dict(read_json(str(local)))
+    if Path(config.model_name_or_path).exists() or config.model_name_or_path.startswith((".", "/")):
+        raise UserError(f"model_name_or_path: {config.model_name_or_path!r} has no config.json")
+    if config.model_name_or_path != HUB_MODEL:
+        say(f"plan: {config.model_name_or_path} is planned with the shapes of {HUB_MODEL}")
+    return memory_utils.KIMI_LINEAR_48B
+
+
+def make_plan(config: TrainConfig, shape, processes: int, dataset):
+    gpu, memory_gib = found_gpu()
+    return memory_utils.plan_run(
+        config,
+        shape,
+        num_gpus=processes,
+        gpu=gpu,
+        gpu_memory_gib=config.gpu_memory_gib or memory_gib,
+        host_memory_gib=config.host_memory_gib,
+        dataset_tokens=dataset.total_tokens if dataset else None,
+    )
+
+
+def found_gpu() -> tuple[str | None, float | None]:
+    """Name and memory in GiB of this machine's GPU, or (None, None)."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None, None
+    properties = torch.cuda.get_device_properties(int(os.environ.get("LOCAL_RANK", 0)))
+    return properties.name, properties.total_memory / 2**30
+
+
+# ---------------------------------------------------------------------------------------------- start-up
+
+
+def resolve_deepspeed(path: str, config: TrainConfig) -> dict:
+    """The DeepSpeed JSON with every 'auto' that the training config owns filled in.
+
+    Accumulation is counted by the loop itself, since it may change from stage to stage; DeepSpeed is told the number for
+    its own records and asked not to scale the loss by it.
+    """
+    ds = read_json(path)
+    ds["train_micro_batch_size_per_gpu"] = config.per_device_train_batch_size
+    ds["gradient_accumulation_steps"] = config.gradient_accumulation_steps
+    ds["gradient_clipping"] = config.max_grad_norm
+    ds.pop("train_batch_size", None)
+    ds["bf16"] = {**ds.get("bf16", {}), "enabled": config.bf16}
+    return ds
+
+
+def start_accelerator(config: TrainConfig, deepspeed_json: str):
+    """Accelerate with DeepSpeed ZeRO-3 on GPUs (nccl) or, without any, on CPU processes (gloo)."""
+    import torch
+    from accelerate import Accelerator, DeepSpeedPlugin
+    from accelerate.utils import InitProcessGroupKwargs
+
+    # Accelerate reads the JSON's path from the environment too and would keep its 'auto's; the plugin has them filled in
+    os.environ.pop("ACCELERATE_DEEPSPEED_CONFIG_FILE", None)
+    plugin = DeepSpeedPlugin(hf_ds_config=resolve_deepspeed(deepspeed_json, config), zero3_init_flag=True)
+    handlers = []
+    if not torch.cuda.is_available():
+        # Without this Accelerate has no DeepSpeed-on-CPU path: every process would believe it is rank 0 of 1
+        handlers.append(InitProcessGroupKwargs(backend="gloo"))
+    return Accelerator(
+        deepspeed_plugin=plugin, mixed_precision="bf16" if config.bf16 else "no", kwargs_handlers=handlers
+    )
+
+
+def cap_gpu_memory(config: TrainConfig, device) -> None:
+    """Hold the allocator to --gpu_memory_gib, so that a plan for a smaller card is tested for what it claims."""
+    import torch
+
+    if config.gpu_memory_gib and device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory / 2**30
+        torch.cuda.set_per_process_memory_fraction(min(1.0, config.gpu_memory_gib / total), device)
+
+
+def make_optimizer(model, config: TrainConfig, deepspeed_json: str, log: RunLog):
+    """AdamW where the states live: DeepSpeed's CPU Adam when they are offloaded, torch's fused one otherwise."""
+    import torch
+
+    from kimi_model import parameter_groups
+
+    groups = parameter_groups(model, config.weight_decay)
+    if not groups:
+        raise UserError(f"trainable: {config.trainable!r} leaves no parameter to train in this model")
+    common = {
+        "lr": config.learning_rate,
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "eps": config.adam_epsilon,
+    }
+    zero = read_json(deepspeed_json)["zero_optimization"]
+    if (zero.get("offload_optimizer") or {}).get("device", "none") != "none":
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        log.line("optimizer: DeepSpeed CPU Adam (compiles its C++ op at first use: about a minute, then cached)")
+        return DeepSpeedCPUAdam(groups, adamw_mode=True, **common)
+    log.line("optimizer: torch AdamW")
+    return torch.optim.AdamW(groups, **common)
+
+
+def write_header(log: RunLog, config: TrainConfig, accelerator, model_config, dataset) -> None:
+    """The log begins with what is needed to read it as evidence: versions, hardware, source, every option."""
+    import torch
+
+    from kimi_model import describe_layers
+
+    device = accelerator.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {os.cpu_count()} cores"
+    log.line(f"run: commit {git_commit()}, {time.strftime('%Y-%m-%d %H:%M:%S')}")
+    log.line("versions: " + ", ".join(f"{k} {v}" for k, v in versions(PACKAGES).items()))
+    log.line(f"hardware: {accelerator.num_processes} x {name}, host {os.uname().nodename}")
+    log.line(
+        f"distributed: {accelerator.distributed_type.value}, ZeRO stage {accelerator.deepspeed_plugin.zero_stage}, "
+        f"backend {torch.distributed.get_backend()}, {accelerator.num_processes} ranks"
+    )
+    manifest = dataset.manifest
+    log.line(
+        f"data: {config.data_dir}, {human_count(dataset.total_tokens)} tokens in {manifest.documents} documents, "
+        f"tokenizer {manifest.tokenizer_name}, manifest {dataset.manifest_hash[:12]}"
+    )
+    log.line(f"model: {config.model_config or config.model_name_or_path}\n{describe_layers(model_config)}")
+    if log.is_main:
+        path = Path(config.output_dir) / "resolved_config.json"
+        path.write_text(json.dumps(dataclasses.asdict(config), indent=1))
+        log.line(f"config: every resolved option in {path}")
+
+
+def check_tokenizer(dataset, config: TrainConfig, model_config) -> None:
+    """Refuse data whose ids are not this model's: by vocabulary size, and by the tokenizer's content where it is at hand."""
+    manifest = dataset.manifest
+    if manifest.vocab_size > model_config.vocab_size:
+        raise UserError(
+            f"data_dir: {config.data_dir} was written with tokenizer {manifest.tokenizer_name!r} of "
+            f"{manifest.vocab_size} ids, but the model has {model_config.vocab_size}; tokenize with the model's tokenizer"
+        )
+    if config.model_config:
+        return
+    from encoders import tokenizer_hash
+
+    expected = tokenizer_hash(config.model_name_or_path)
+    if expected is not None and expected != manifest.tokenizer_hash:
+        raise UserError(
+            f"data_dir: {config.data_dir} was written with tokenizer {manifest.tokenizer_name!r} "
+            f"(hash {manifest.tokenizer_hash[:12]}), not with that of {config.model_name_or_path} ({expected[:12]}); "
+            "tokenize with the model's tokenizer"
+        )
+
+
+def learning_rate_at(step: int, config: TrainConfig) -> float:
+    """Linear warmup to the peak, then constant, linear to 0 or cosine to 0 at num_train_steps. Pure function of step."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    span = max(1, config.num_train_steps - config.warmup_steps)
+    progress = min(1.0, (step - config.warmup_steps) / span)
+    if config.lr_scheduler_type == "constant":
+        return config.learning_rate
+    if config.lr_scheduler_type == "linear":
+        return config.learning_rate * (1 - progress)
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def install_engine(model, config: TrainConfig, plan, dataset, log: RunLog) -> None:
+    """The tiled engine by default; the plain transformers forward when asked for."""
+    if config.engine == "reference":
+        log.line("engine: reference (transformers' own forward; memory grows with tokens x vocabulary)")
+        if config.document_mask:
+            raise UserError("document_mask: needs --engine tiled; the reference forward has no document borders")
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        return
+    from kimi_model import install_long_sequence
+
+    chosen = plan.engine
+    report = install_long_sequence(
+        model,
+        segment_tokens=config.segment_tokens or chosen.segment_tokens,
+        heads_per_group=config.heads_per_group or chosen.heads_per_group,
+        token_tile=config.token_tile or chosen.token_tile,
+        offload=config.offload if config.offload != "auto" else chosen.offload,
+        attention_outputs=(
+            config.attention_outputs if config.attention_outputs != "auto" else chosen.attention_outputs
+        ),
+        attention_backend=config.attention_backend,
+        document_separator_id=dataset.manifest.eos_token_id if config.document_mask else None,
+        gpu_budget_gib=config.gpu_memory_gib,
+    )
+    log.line(f"engine: {report}")
+
+
+# ---------------------------------------------------------------------------------------------- training
+
+
+def train(config: TrainConfig, deepspeed_json: str, dataset, schedule, shape, plan) -> int:
+    import torch
+
+    import checkpointing
+    import kimi_model
+
+    # --- processes, log
+    accelerator = start_accelerator(config, deepspeed_json)
+    rank, device = accelerator.process_index, accelerator.device
+    cap_gpu_memory(config, device)
+    log = RunLog(config.output_dir, rank=rank)
+    model_config = kimi_model.read_model_config(config)
+    write_header(log, config, accelerator, model_config, dataset)
+    check_tokenizer(dataset, config, model_config)
+    resume_path = None
+    if config.resume_from_checkpoint:
+        resume_path = checkpointing.find_checkpoint(config.resume_from_checkpoint, config.output_dir, log=log)
+    fingerprint = checkpointing.model_fingerprint(model_config)
+    progress = Progress()
+    if resume_path:
+        state = checkpointing.read_state(resume_path)
+        checkpointing.check_resume(
+            state,
+            config=config,
+            manifest_hash=dataset.manifest_hash,
+            fingerprint=fingerprint,
+            world_size=accelerator.num_processes,
+        )
+        progress = Progress(state.step, state.tokens_seen, state.skipped_in_a_row, state.skipped_total)
+
+    # --- model, optimizer
+    started = time.perf_counter()
+    model = kimi_model.load_model(config, model_config, device=device)
+    source = None if config.model_config else config.model_name_or_path
+    fp32_leaves, fp32_buffers = kimi_model.take_fp32(model, checkpoint=source, device=device)
+    kimi_model.set_trainable(model, config.trainable)
+    install_engine(model, config, plan, dataset, log)
+    optimizer = make_optimizer(model, config, deepspeed_json, log)
+    engine, _ = accelerator.prepare(model, optimizer)
+    kimi_model.restore_fp32_buffers(engine.module, fp32_buffers)
+    fp32 = kimi_model.Fp32Optimizer(fp32_leaves, config)
+    if resume_path:
+        checkpointing.load_checkpoint(engine, fp32, resume_path)
+        log.line(f"resumed from {resume_path}: step {progress.step}, {human_count(progress.tokens_seen)} tokens seen")
+    elif config.resume_from_checkpoint:
+        log.line(f"resume_from_checkpoint: no checkpoint in {config.output_dir} yet, starting at step 0")
+    log.line(f"model and optimizer ready in {time.perf_counter() - started:.1f} s")
+    log.start_wandb(
+        project=config.wandb_project,
+        name=config.wandb_run_name,
+        mode=config.wandb_mode,
+        config=dataclasses.asdict(config),
+    )
+
+    # --- the loop
+    loader = data_loader.WindowLoader(dataset, schedule, seed=config.seed, rank=rank)
+    stop = StopSignal(device)
+    end = min(config.num_train_steps, config.stop_after_steps or config.num_train_steps)
+
+    def save():
+        state = checkpointing.TrainerState(
+            step=progress.step,
+            tokens_seen=progress.tokens_seen,
+            stage=schedule.step(max(0, progress.step - 1)).stage_index,
+            skipped_in_a_row=progress.skipped_in_a_row,
+            skipped_total=progress.skipped_total,
+            world_size=accelerator.num_processes,
+            manifest_hash=dataset.manifest_hash,
+            model_fingerprint=fingerprint,
+            options=checkpointing.options_of(config),
+            versions=versions(PACKAGES),
+        )
+        checkpointing.save_checkpoint(engine, fp32, state, config=config, model_config=model_config, log=log)
+
+    meter = Meter(shape, schedule, device, accelerator.num_processes, end)
+    saved_at = progress.step if resume_path else None
+    exit_code = 0
+    while progress.step < end and not stop.requested:
+        step_plan = schedule.step(progress.step)
+        torch.manual_seed(config.seed + progress.step)
+        learning_rate = learning_rate_at(progress.step, config)
+        meter.start()
+        result = train_step(engine, fp32, loader, step_plan, learning_rate, config, stop)
+        if result is None:  # stopped inside the step: its gradients are dropped, the resumed run does it again
+            break
+        progress.advance(step_plan, skipped=result.skipped)
+        record = meter.finish(step_plan, result, learning_rate)
+        log.metrics({**record, "tokens_seen": progress.tokens_seen})
+        if result.skipped:
+            log.warn(
+                f"step {step_plan.step} skipped on all ranks: loss {result.loss}, gradient norm {result.grad_norm} "
+                f"(stream tokens {step_plan.start_token} to {step_plan.start_token + step_plan.tokens}); "
+                f"{progress.skipped_in_a_row} in a row"
+            )
+        if progress.step % config.logging_steps == 0 or progress.step == end:
+            log.line(meter.text(record))
+        if progress.skipped_in_a_row >= MAX_SKIPS_IN_A_ROW:
+            log.warn(f"{MAX_SKIPS_IN_A_ROW} steps in a row had a non-finite loss or gradient: checkpoint, then exit 3")
+            exit_code = 3
+            break
+        if progress.step % config.save_steps == 0:
+            save()
+            saved_at = progress.step
+    if stop.requested:
+        log.line(f"stopped by {stop.name} after step {progress.step}; resume with --resume_from_checkpoint latest")
+    if saved_at != progress.step:
+        save()
+    loader.close()
+    log.line(f"done: {progress.step} of {config.num_train_steps} steps, {human_count(progress.tokens_seen)} tokens")
+    log.close()
+    accelerator.end_training()
+    torch.distributed.destroy_process_group()
+    return exit_code
+
+
+@dataclasses.dataclass
+class Progress:
+    """Where the run is: `step` optimizer steps are done (skipped ones count, their tokens too)."""
+
+    step: int = 0
+    tokens_seen: int = 0
+    skipped_in_a_row: int = 0
+    skipped_total: int = 0
+
+    def advance(self, step_plan, *, skipped: bool) -> None:
+        self.step += 1
+        self.tokens_seen += step_plan.tokens
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        self.skipped_total += int(skipped)
+
+
+@dataclasses.dataclass(frozen=True)
+class StepResult:
+    loss: float
+    grad_norm: float
+    skipped: bool
+
+
+class StopSignal:
+    """SIGTERM or Ctrl-C on any rank stops all ranks at the same micro-step."""
+
+    def __init__(self, device):
+        self.device, self.requested, self.name, self._local = device, False, "a signal", False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._remember)
+
+    def _remember(self, number, frame) -> None:
+        self._local, self.name = True, signal.Signals(number).name
+
+    def agree(self) -> bool:
+        """Whether any rank was asked to stop; every rank calls it once a micro-step."""
+        import torch
+
+        flag = torch.tensor([float(self._local)], device=self.device)
+        torch.distributed.all_reduce(flag)
+        self.requested = bool(flag.item())
+        return self.requested
+
+
+def train_step(engine, fp32, loader, step_plan, learning_rate: float, config: TrainConfig, stop) -> StepResult | None:
+    """One optimizer step over `step_plan.accumulation_steps` micro-steps; None if a stop was asked for inside it.
+
+    The loss of a step is the mean over its sequences on all ranks. A non-finite gradient anywhere makes the global norm
+    non-finite on every rank, and DeepSpeed drops the step; a non-finite loss is made to do the same.
+    """
+    import torch
+
+    device = engine.device
+    fp32.zero_grad()
+    loss_sum = torch.zeros((), device=device)
+    for micro_step in range(step_plan.accumulation_steps):
+        input_ids = torch.from_numpy(loader.micro_batch(step_plan.step, micro_step)).to(device)
+        # Told before the forward, since ZeRO-3 copies gradients to the host only at the boundary
+        engine.set_gradient_accumulation_boundary(micro_step == step_plan.accumulation_steps - 1)
+        loss = engine(input_ids=input_ids, labels=input_ids, use_cache=False).loss / step_plan.accumulation_steps
+        loss_sum += loss.detach()
+        if not torch.isfinite(loss):
+            loss = loss * float("nan")
+        engine.backward(loss, scale_wrt_gas=False)
+        if stop.agree():
+            return None
+    for group in engine.optimizer.param_groups:
+        group["lr"] = learning_rate
+    fp32.reduce_gradients()
+    engine.step()
+    torch.distributed.all_reduce(loss_sum)
+    loss = (loss_sum / torch.distributed.get_world_size()).item()
+    skipped = bool(engine.optimizer.overflow)
+    grad_norm = float(engine.get_global_grad_norm())
+    if not skipped:
+        clip = config.max_grad_norm
+        factor = min(1.0, clip / (grad_norm + 1e-6)) if clip > 0 else 1.0
+        fp32.step(lr=learning_rate, clip_factor=factor)
+    return StepResult(loss, grad_norm, skipped)
+
+
+class Meter:
+    """Time, speed and memory of each step, and how long the rest takes at the speed in FLOP/s seen so far."""
+
+    def __init__(self, shape, schedule, device, world_size: int, end: int):
+        self.shape, self.schedule, self.device, self.world_size, self.end = shape, schedule, device, world_size, end
+        self.peak = memory_utils.peak_flops(found_gpu()[0]) if device.type == "cuda" else None
+        self.flops_per_second: float | None = None
+
+    def flops_of(self, step: int) -> float:
+        """Model FLOPs of an optimizer step: forward and backward, no recompute."""
+        plan = self.schedule.step(step)
+        return sum(memory_utils.model_flops_per_step(self.shape, plan.seq_length, plan.sequences).values())
+
+    def remaining_flops(self, next_step: int) -> float:
+        starts = [stage.start_step for stage in self.schedule.stages] + [self.end]
+        total = 0.0
+        for first, last in itertools.pairwise(starts):
+            steps = min(last, self.end) - max(first, next_step)
+            if steps > 0:
+                total += steps * self.flops_of(first)
+        return total
+
+    def start(self) -> None:
+        if self.device.type == "cuda":
+            import torch
+
+            torch.cuda.reset_peak_memory_stats(self.device)
+        self.started = time.perf_counter()
+
+    def finish(self, step_plan, result: StepResult, learning_rate: float) -> dict:
+        seconds = time.perf_counter() - self.started
+        flops = self.flops_of(step_plan.step)
+        # The first steps hold compilation and warm-up: forget them quickly
+        now = flops / seconds
+        self.flops_per_second = now if self.flops_per_second is None else 0.5 * self.flops_per_second + 0.5 * now
+        return {
+            "step": step_plan.step + 1,
+            "stage": step_plan.stage_index,
+            "seq_length": step_plan.seq_length,
+            "sequences": step_plan.sequences,
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "skipped": result.skipped,
+            "learning_rate": learning_rate,
+            "seconds": seconds,
+            "tokens_per_second": step_plan.tokens / seconds,
+            "mfu": flops / seconds / (self.peak * self.world_size) if self.peak else None,
+            "peak_gib": self.peak_gib(),
+            "eta_seconds": self.remaining_flops(step_plan.step + 1) / self.flops_per_second,
+        }
+
+    def peak_gib(self) -> float:
+        """GPU: the allocator's reserve at its highest in this step. CPU: the process's highest resident set."""
+        import torch
+
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_reserved(self.device) / 2**30
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+    def text(self, record: dict) -> str:
+        mfu = f"{100 * record['mfu']:4.1f}%" if record["mfu"] is not None else " n/a"
+        return (
+            f"step {record['step']:>6}/{self.end}  T {record['seq_length']:>7}  loss {record['loss']:8.4f}  "
+            f"norm {record['grad_norm']:8.3f}  lr {record['learning_rate']:.2e}  "
+            f"{human_count(record['tokens_per_second']):>7} tok/s  MFU {mfu}  peak {record['peak_gib']:6.2f} GiB  "
+            f"ETA {human_time(record['eta_seconds'])}"
+        )
+
+
+if __name__ == "__main__":
+    run_main(main)
