@@ -2,7 +2,7 @@
 # make test   lint, then every CPU test (GPU tests skip without a GPU)
 # make check  the same as make test, plus a check that the code is formatted
 # Both make their own .venv first. PYTHON picks the interpreter (3.11 or 3.12).
-PYTHON ?= $(shell command -v python3.12 >/dev/null 2>&1 && python3.12 -c '' 2>/dev/null && echo python3.12 || echo python3)
+PYTHON ?= $(shell for p in python3 python3.12 python3.11; do $$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' >/dev/null 2>&1 && echo $$p && break; done)
 BIN := .venv/bin
 
 .PHONY: demo test check clean
@@ -18,7 +18,7 @@ check: .venv/ready
 	$(MAKE) test
 
 .venv/ready: requirements.txt requirements-dev.txt
-	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v in ((3, 11), (3, 12)) else "Python 3.11 or 3.12 is needed, found %d.%d; run make PYTHON=python3.12" % v)'
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or 3.12 found; install one, or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12"; exit 2; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet -r requirements.txt -r requirements-dev.txt
 	touch $@
