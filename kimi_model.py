@@ -18,6 +18,8 @@ Symbols: B batch, T tokens, D hidden size, H heads.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 import re
 import types
@@ -26,6 +28,7 @@ from pathlib import Path
 import torch
 
 from config import TrainConfig, UserError, read_json
+from run_log import say
 
 FP32_PARAMETERS = ("A_log", "dt_bias")
 FP32_BUFFERS = ("e_score_correction_bias",)
@@ -351,3 +354,301 @@ def parameter_groups(model, weight_decay: float) -> list[dict]:
         for decays, parameters in groups.items()
         if parameters
     ]
+
+
+# ---------------------------------------------------------------------------------------------- the long-sequence engine
+
+
+@dataclasses.dataclass
+class EngineReport:
+    """What `install_long_sequence` chose. `str()` is the text for the start-up log; tile sizes follow at each new length."""
+
+    kernels: str
+    options: str
+    engine: object
+
+    def __str__(self) -> str:
+        return "\n  ".join(["tiled, exact", *self.kernels.splitlines(), self.options])
+
+
+@functools.cache
+def _engine_output_class():
+    from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+
+    @dataclasses.dataclass
+    class EngineOutput(MoeCausalLMOutputWithPast):
+        """The usual output with `logits=None`, and per token: its loss and whether the label was the first choice, at the
+        position that predicts it; [B, T], 0 and False where the label is ignored."""
+
+        token_losses: torch.Tensor | None = None
+        first_choice: torch.Tensor | None = None
+
+    return EngineOutput
+
+
+def install_long_sequence(
+    model,
+    *,
+    segment_tokens: int | None,
+    heads_per_group: int | None,
+    token_tile: int | None,
+    offload: str = "auto",
+    attention_outputs: str = "auto",
+    attention_backend: str = "auto",
+    document_separator_id: int | None = None,
+    gpu_budget_gib: float | None = None,
+) -> EngineReport:
+    """Make `model(input_ids=..., labels=...)` run forward and backward through the tiled engine (long_sequence.py).
+
+    `model` is any transformers KimiLinearForCausalLM, before DeepSpeed prepares it. Sizes left at None are planned for each
+    sequence length from `gpu_budget_gib` (default: the card's memory). `offload` and `attention_outputs` as in config.py.
+    With `document_separator_id`, a document ends with that token and nothing crosses its end.
+    Raises UserError where the model has something the engine does not do, or a kernel would be silently slow.
+    """
+    from engine_plan import EngineOptions
+    from kernels import choose_kernels, keep_kernel_cache
+    from long_sequence import LongSequenceEngine
+
+    _check_engine_can_run(model.config)
+    parts = _model_parts(model)
+    device = _engine_device(model)
+    if device.type == "cuda":
+        say(
+            f"engine: compiled kernels are kept in {keep_kernel_cache()}; the first run tunes them, which takes minutes"
+        )
+    kernels = choose_kernels(
+        device,
+        model.dtype,
+        qk_dim=parts.shape.qk_dim,
+        v_dim=parts.shape.v_dim,
+        attention_backend=attention_backend,
+    )
+    options = EngineOptions(
+        segment_tokens=segment_tokens,
+        heads_per_group=heads_per_group,
+        token_tile=token_tile,
+        offload=offload,
+        attention_outputs=attention_outputs,
+        document_separator_id=document_separator_id,
+        gpu_budget_gib=gpu_budget_gib,
+    )
+    engine = LongSequenceEngine(parts, kernels, options, device)
+    model.gradient_checkpointing_disable()  # the engine recomputes by itself; both would run every layer twice
+    _gather_layers_whole(type(model.model.layers[0]), model)
+    _bind_forwards(model, engine)
+    borders = (
+        "documents attend across their borders"
+        if document_separator_id is None
+        else f"documents end with id {document_separator_id}; nothing crosses their end"
+    )
+    return EngineReport(kernels.text, borders, engine)
+
+
+def _check_engine_can_run(config) -> None:
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    refusals = {
+        f"attention_dropout: {config.attention_dropout} must be 0": config.attention_dropout,
+        f"hidden_act: {config.hidden_act!r} must be 'silu'": config.hidden_act != "silu",
+        f"num_key_value_heads: {kv_heads} must equal num_attention_heads {heads}": heads != kv_heads,
+        "tie_word_embeddings: true must be false": config.tie_word_embeddings,
+    }
+    broken = [text for text, is_broken in refusals.items() if is_broken]
+    if broken:
+        raise UserError("\n".join(f"{text} for the tiled engine; use --engine reference" for text in broken))
+
+
+def _engine_device(model) -> torch.device:
+    """Where the model will compute: its parameters' device, or this process's GPU when ZeRO-3 keeps them on the host."""
+    weight = model.model.embed_tokens.weight
+    if torch.cuda.is_available() and (weight.is_cuda or hasattr(weight, "ds_id")):
+        return torch.device("cuda", torch.cuda.current_device())
+    return weight.device
+
+
+def _model_parts(model):
+    """The engine's description of this model: where each tensor is, and every size. Raises UserError if one is missing."""
+    from engine_plan import Shape
+    from long_sequence import LayerPart, ModelParts, Part
+
+    config = model.config
+    layers = list(model.model.layers)
+    kinds = tuple(
+        ("mla" if config.layer_types[i] == "full_attention" else "kda", "moe" if kind == "sparse" else "dense")
+        for i, kind in enumerate(config.mlp_layer_types[: len(layers)])
+    )
+    shape = Shape(
+        hidden=config.hidden_size,
+        vocab=config.vocab_size,
+        kda_heads=config.linear_num_heads,
+        kda_dim=config.linear_head_dim,
+        conv_width=config.linear_conv_kernel_dim,
+        mla_heads=config.num_attention_heads,
+        nope_dim=config.qk_nope_head_dim,
+        shared_key=config.qk_rope_head_dim,
+        v_dim=config.v_head_dim,
+        latent=config.kv_lora_rank,
+        dense_width=config.intermediate_size,
+        expert_width=config.moe_intermediate_size,
+        shared_width=config.moe_intermediate_size * config.n_shared_experts,
+        experts=config.num_local_experts,
+        top_k=config.num_experts_per_tok,
+        layers=kinds,
+    )
+    latent_norms = [
+        layer.self_attn.kv_a_layernorm for layer, (mixer, _) in zip(layers, kinds, strict=True) if mixer == "mla"
+    ]
+    return ModelParts(
+        shape=shape,
+        embedding=Part({"weight": (model.model.embed_tokens, "weight")}),
+        layers=tuple(
+            LayerPart(_layer_sources(layer, i, *kind), *kind)
+            for i, (layer, kind) in enumerate(zip(layers, kinds, strict=True))
+        ),
+        norm=Part({"weight": (model.model.norm, "weight")}),
+        head=Part({"weight": (model.lm_head, "weight")}),
+        norm_eps=model.model.norm.variance_epsilon,
+        latent_norm_eps=latent_norms[0].variance_epsilon if latent_norms else 0.0,
+        padding_id=model.model.embed_tokens.padding_idx,
+        top_k=config.num_experts_per_tok,
+        expert_groups=config.n_group,
+        top_groups=config.topk_group,
+        normalise_weights=config.norm_topk_prob,
+        routed_scaling=config.routed_scaling_factor,
+    )
+
+
+_KDA_TENSORS = {
+    "q": "q_proj.weight",
+    "k": "k_proj.weight",
+    "v": "v_proj.weight",
+    "conv": "conv1d.weight",
+    "forget_a": "forget_gate.f_a_proj.weight",
+    "forget_b": "forget_gate.f_b_proj.weight",
+    "A_log": "forget_gate.A_log",
+    "dt_bias": "forget_gate.dt_bias",
+    "beta": "b_proj.weight",
+    "gate_a": "g_a_proj.weight",
+    "gate_b": "g_b_proj.weight",
+    "out_norm": "o_norm.weight",
+    "out": "o_proj.weight",
+}
+_MLA_TENSORS = {
+    "kv_a": "kv_a_proj_with_mqa.weight",
+    "kv_norm": "kv_a_layernorm.weight",
+    "kv_b": "kv_b_proj.weight",
+    "out": "o_proj.weight",
+}
+_MLA_QUERY_TENSORS = {
+    False: {"q": "q_proj.weight"},
+    True: {"q_a": "q_a_proj.weight", "q_norm": "q_a_layernorm.weight", "q_b": "q_b_proj.weight"},
+}
+_MLA_BIASES = {"kv_a_bias": "kv_a_proj_with_mqa.bias", "out_bias": "o_proj.bias", "q_a_bias": "q_a_proj.bias"}
+_DENSE_TENSORS = {"gate": "gate_proj.weight", "up": "up_proj.weight", "down": "down_proj.weight"}
+_MOE_TENSORS = {
+    "router": "gate.weight",
+    "router_bias": "gate.e_score_correction_bias",
+    "expert_gate_up": "experts.gate_up_proj",
+    "expert_down": "experts.down_proj",
+    "shared_gate": "shared_experts.gate_proj.weight",
+    "shared_up": "shared_experts.up_proj.weight",
+    "shared_down": "shared_experts.down_proj.weight",
+}
+
+
+def _layer_sources(layer, index: int, mixer: str, mlp: str) -> dict:
+    """{the engine's name: (module, attribute)} of every tensor of a decoder layer, checked to cover all its parameters."""
+    attention = dict(_KDA_TENSORS)
+    if mixer == "mla":
+        attention = {**_MLA_TENSORS, **_MLA_QUERY_TENSORS[layer.self_attn.q_a_proj is not None]}
+        present = {name for name, _ in layer.self_attn.named_parameters()}
+        attention.update({name: path for name, path in _MLA_BIASES.items() if path in present})
+    paths = {
+        "input_norm": "input_layernorm.weight",
+        "post_norm": "post_attention_layernorm.weight",
+        **{name: f"self_attn.{path}" for name, path in attention.items()},
+        **{name: f"mlp.{path}" for name, path in (_MOE_TENSORS if mlp == "moe" else _DENSE_TENSORS).items()},
+    }
+    sources = {}
+    for name, path in paths.items():
+        owner, _, attribute = path.rpartition(".")
+        try:
+            module = layer.get_submodule(owner)
+        except AttributeError:
+            module = None
+        if getattr(module, attribute, None) is None:
+            raise UserError(
+                f"engine: layer {index} ({mixer}, {mlp}) has no {path}; this transformers version names its modules "
+                "otherwise (tested: 5.17 and 5.23)"
+            )
+        sources[name] = (module, attribute)
+    forgotten = sorted({name for name, _ in layer.named_parameters()} - set(paths.values()))
+    if forgotten:
+        raise UserError(
+            f"engine: layer {index} has parameters that the tiled engine does not know: {', '.join(forgotten)}"
+        )
+    return sources
+
+
+def _gather_layers_whole(layer_class: type, model) -> None:
+    """Under ZeRO-3: fetch a decoder layer's parameters together, before its forward and before its backward."""
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    if is_deepspeed_zero3_enabled():
+        from deepspeed.utils import set_z3_leaf_modules
+
+        set_z3_leaf_modules(model, [layer_class])
+
+
+def _bind_forwards(model, engine) -> None:
+    """Replace `forward` on this model's instances. Modules are still called, so hooks (ZeRO-3's) fire as always."""
+    import long_sequence
+
+    model.model.embed_tokens.forward = lambda input_ids, step: long_sequence.run_embedding(engine, step)
+    for index, layer in enumerate(model.model.layers):
+        layer.forward = functools.partial(_run_layer, engine, index)
+    model.model.norm.forward = lambda dummy, step: long_sequence.run_norm(engine, step, dummy)
+    model.lm_head.forward = lambda dummy, step: long_sequence.run_loss(engine, step, dummy)
+    model.forward = functools.partial(_engine_forward, model, engine)
+
+
+def _run_layer(engine, index: int, dummy: torch.Tensor, step):
+    import long_sequence
+
+    return long_sequence.run_layer(engine, step, index, dummy)
+
+
+def _engine_forward(
+    model,
+    engine,
+    input_ids: torch.Tensor | None = None,
+    labels: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | None = None,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    **others,
+):
+    """transformers' KimiLinearForCausalLM.forward for training and scoring: input_ids and labels [B, T] -> loss.
+
+    Labels are shifted inside, -100 is ignored, the mean is over valid tokens (or the sum over `num_items_in_batch`).
+    """
+    given = sorted(name for name, value in others.items() if value not in (None, False, True))
+    if given or others.get("use_cache") or others.get("output_router_logits"):
+        raise UserError(
+            f"engine: {', '.join(given) or 'use_cache'} cannot be given to the tiled engine; use --engine reference"
+        )
+    if input_ids is None or labels is None:
+        raise UserError("engine: the tiled engine computes losses: give input_ids and labels (it never builds logits)")
+    if attention_mask is not None and not bool((attention_mask == 1).all()):
+        raise UserError("engine: padded batches are not supported; pack documents and use --document_mask")
+    shifted = torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:].reshape(-1).to(input_ids.device)
+    divisor = (shifted != -100).sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
+    step = engine.start(input_ids, shifted, divisor, model.dtype)
+    dummy = model.model.embed_tokens(input_ids, step)
+    for layer in model.model.layers:
+        dummy = layer(dummy, step)
+    dummy = model.model.norm(dummy, step)
+    loss = model.lm_head(dummy, step)
+    return _engine_output_class()(
+        loss=loss,
+        token_losses=step.token_losses.view(input_ids.shape),
+        first_choice=step.first_choice.view(input_ids.shape),
+    )
