@@ -1,0 +1,570 @@
+"""Token shards on disk, and which tokens a rank reads at a step.
+
+    tokenize_dataset.py -> shard_00000.bin/.idx ... manifest.json -> TokenDataset -> Schedule -> WindowLoader
+
+Three layers, each a plain value of the one before:
+  TokenDataset  a folder of shards in Megatron's indexed-dataset format and its manifest.
+  the stream    epoch after epoch of all shards; in epoch e the shards stand in an order that is a pure function of
+                (seed, e). Every token of an epoch is in the stream exactly once.
+  Schedule      where each optimizer step of the length curriculum starts in the stream, in closed form. Sequence j of a
+                step covers stream tokens [start + j*L, start + (j+1)*L), so a change of length repeats and loses nothing
+                and a resumed run needs no saved loader state.
+
+    dataset = open_dataset("./data/tokenized_2m")
+    schedule = Schedule(stages=..., num_train_steps=..., world_size=2, per_device_train_batch_size=1,
+                        gradient_accumulation_steps=256)
+    with WindowLoader(dataset, schedule, seed=1234, rank=0) as loader:
+        ids = loader.micro_batch(step=0, micro_step=0)      # int64 [batch, seq_length]
+
+Memory stays flat however large the data: windows are read with pread into one buffer, nothing is mapped. Sequences
+cross document and shard borders; the documents end in EOS. Needs numpy, no torch.
+"""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import hashlib
+import itertools
+import json
+import os
+import struct
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from config import Stage, UserError
+from run_log import human_count
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+PLAN = "plan.json"
+TOKEN_DTYPE = np.dtype("<i4")  # ids reach 163,839: uint16 overflows
+INDEX_MAGIC = b"MMIDIDX\x00\x00"
+INDEX_VERSION = 1
+INT32_CODE = 4  # Megatron's code for int32
+INDEX_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, length of document_indices
+
+# ---------------------------------------------------------------------------- shard files
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make renames inside `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_file_durably(path: Path, content: bytes) -> None:
+    """Write under a temporary name, fsync, rename, fsync the folder: `path` is whole or not there. Raises OSError."""
+    temporary = path.with_name(f"{path.name}.{os.uname().nodename}-{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_folder(path.parent)
+
+
+def index_bytes(lengths: np.ndarray) -> bytes:
+    """The .idx file of a shard whose documents have `lengths` tokens: one sequence per document."""
+    lengths = np.asarray(lengths, dtype=np.int64)
+    if lengths.size and lengths.max() > np.iinfo(np.int32).max:
+        raise UserError(f"a document has {lengths.max():,} tokens; Megatron's index holds at most 2,147,483,647")
+    pointers = np.zeros(len(lengths), dtype="<i8")
+    np.cumsum(lengths[:-1] * TOKEN_DTYPE.itemsize, out=pointers[1:])
+    # document_indices marks where documents begin among the sequences, and the end: 0, 1, ..., n
+    documents = np.arange(len(lengths) + 1, dtype="<i8")
+    header = INDEX_HEADER.pack(INDEX_MAGIC, INDEX_VERSION, INT32_CODE, len(lengths), len(documents))
+    return header + lengths.astype("<i4").tobytes() + pointers.tobytes() + documents.tobytes()
+
+
+def read_index(path: Path) -> np.ndarray:
+    """Tokens of each document of a shard, int64 [documents]. Raises UserError if the file is no sound index."""
+    content = path.read_bytes()
+    if len(content) < INDEX_HEADER.size:
+        raise UserError(f"{path}: {len(content)} bytes is too short for a shard index")
+    magic, version, code, sequences, documents = INDEX_HEADER.unpack_from(content)
+    if (magic, version, code) != (INDEX_MAGIC, INDEX_VERSION, INT32_CODE):
+        raise UserError(f"{path}: not a Megatron index of int32 tokens (header {content[:18]!r})")
+    if documents != sequences + 1 or len(content) != INDEX_HEADER.size + sequences * 12 + documents * 8:
+        raise UserError(f"{path}: {len(content)} bytes do not hold {sequences} sequences and {documents} borders")
+    lengths = np.frombuffer(content, "<i4", sequences, INDEX_HEADER.size).astype(np.int64)
+    if (lengths <= 0).any() or index_bytes(lengths) != content:
+        raise UserError(f"{path}: lengths, byte offsets and document borders do not agree")
+    return lengths
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """One shard as the manifest records it. `name` has no suffix: NAME.bin and NAME.idx lie in the folder."""
+
+    name: str
+    tokens: int
+    documents: int
+    bin_bytes: int
+    idx_bytes: int
+    bin_sha256: str
+    idx_sha256: str
+
+
+class ShardWriter:
+    """Writes one shard document by document; nothing has its final name before `close`.
+
+    Raises OSError (disk full, read-only folder). Use as a context manager: on an exception the temporary file goes.
+    """
+
+    def __init__(self, folder: str | Path, name: str):
+        self.folder, self.name = Path(folder), name
+        self.tokens = 0
+        self._lengths: list[np.ndarray] = []
+        self._sha256 = hashlib.sha256()
+        # the process id keeps a lost worker that still writes from sharing a file with its successor
+        self._temporary = self.folder / f"{name}.bin.{os.uname().nodename}-{os.getpid()}.tmp"
+        self._file = open(self._temporary, "wb", buffering=0)  # noqa: SIM115
+
+    @property
+    def documents(self) -> int:
+        return sum(len(part) for part in self._lengths)
+
+    def add(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
+        """Append documents: `tokens` is their concatenation (int32, EOS included), `lengths` their token counts."""
+        assert tokens.dtype == TOKEN_DTYPE and int(lengths.sum()) == len(tokens)
+        data = memoryview(np.ascontiguousarray(tokens)).cast("B")
+        self._sha256.update(data)
+        while len(data):
+            data = data[self._file.write(data) :]
+        self._lengths.append(np.array(lengths, dtype=np.int64))
+        self.tokens += len(tokens)
+
+    def close(self) -> ShardInfo:
+        """Make the shard durable under its final name and return what the manifest needs to know."""
+        os.fsync(self._file.fileno())
+        self._file.close()
+        index = index_bytes(np.concatenate(self._lengths) if self._lengths else np.zeros(0, np.int64))
+        write_file_durably(self.folder / f"{self.name}.idx", index)
+        os.replace(self._temporary, self.folder / f"{self.name}.bin")
+        fsync_folder(self.folder)
+        return ShardInfo(
+            name=self.name,
+            tokens=self.tokens,
+            documents=self.documents,
+            bin_bytes=self.tokens * TOKEN_DTYPE.itemsize,
+            idx_bytes=len(index),
+            bin_sha256=self._sha256.hexdigest(),
+            idx_sha256=hashlib.sha256(index).hexdigest(),
+        )
+
+    def abort(self) -> None:
+        self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if not self._file.closed:
+            self.abort()
+
+
+class ShardReader:
+    """Reads one shard by document or by token range. `lengths` (int64 [documents]) is loaded at first use."""
+
+    def __init__(self, folder: str | Path, name: str):
+        self.path = Path(folder) / name
+        self._descriptor = os.open(f"{self.path}.bin", os.O_RDONLY | os.O_CLOEXEC)
+
+    @functools.cached_property
+    def lengths(self) -> np.ndarray:
+        return read_index(Path(f"{self.path}.idx"))
+
+    @functools.cached_property
+    def starts(self) -> np.ndarray:
+        return np.concatenate([[0], np.cumsum(self.lengths)])
+
+    def read_into(self, buffer: np.ndarray, start: int) -> None:
+        """Fill `buffer` (int32, contiguous) with the tokens from `start` on. Raises UserError if they are not there."""
+        view = memoryview(buffer).cast("B")
+        offset = start * TOKEN_DTYPE.itemsize
+        while len(view):
+            count = os.preadv(self._descriptor, [view], offset)
+            if count == 0:
+                raise UserError(f"{self.path}.bin: ends before byte {offset + len(view)}; run --verify on its folder")
+            view, offset = view[count:], offset + count
+
+    def will_need(self, start: int, length: int) -> None:
+        """Tell the kernel to read these tokens ahead; costs nothing when they are in memory."""
+        if hasattr(os, "posix_fadvise"):
+            size = TOKEN_DTYPE.itemsize
+            os.posix_fadvise(self._descriptor, start * size, length * size, os.POSIX_FADV_WILLNEED)
+
+    def document(self, index: int) -> np.ndarray:
+        """Tokens of document `index` with its EOS, int32."""
+        tokens = np.empty(int(self.lengths[index]), TOKEN_DTYPE)
+        self.read_into(tokens, int(self.starts[index]))
+        return tokens
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+    def __enter__(self) -> ShardReader:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+
+# ---------------------------------------------------------------------------- manifest and data set
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What manifest.json says. `statistics` and `source` are for people and for --verify; training needs the rest."""
+
+    tokenizer_name: str
+    tokenizer_hash: str
+    vocab_size: int
+    eos_token: str
+    eos_token_id: int
+    max_seq_length: int
+    total_tokens: int
+    documents: int
+    shards: tuple[ShardInfo, ...]
+    statistics: dict = field(default_factory=dict)
+    source: dict = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    def to_json(self) -> bytes:
+        """The manifest's one serial form: equal manifests are equal bytes."""
+        return (json.dumps(asdict(self), indent=1, sort_keys=True) + "\n").encode()
+
+    @staticmethod
+    def from_json(content: bytes, path: Path) -> Manifest:
+        """Raises UserError, naming `path`, if the content is no manifest of this format version."""
+        try:
+            values = json.loads(content)
+            version = values["format_version"]
+            if version != FORMAT_VERSION:
+                raise UserError(f"{path}: format_version is {version}; this toolkit reads {FORMAT_VERSION}")
+            values["shards"] = tuple(ShardInfo(**shard) for shard in values["shards"])
+            return Manifest(**values)
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: not a manifest of tokenize_dataset.py ({error}); tokenize again") from None
+
+
+class TokenDataset:
+    """A finished folder of shards. Open it with `open_dataset`. Safe to use from several threads."""
+
+    MAX_OPEN_SHARDS = 256  # far below the usual limit of 1,024 open files
+
+    def __init__(self, folder: Path, manifest: Manifest, manifest_hash: str):
+        self.folder, self.manifest, self.manifest_hash = folder, manifest, manifest_hash
+        self.total_tokens = manifest.total_tokens
+        self._readers: OrderedDict[int, ShardReader] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def read_shard_into(self, buffer: np.ndarray, shard: int, start: int) -> None:
+        """Fill `buffer` with tokens of shard number `shard` from `start` on."""
+        with self._lock:  # held while reading, so that no descriptor is closed under a reader's feet
+            self._reader(shard).read_into(buffer, start)
+
+    def will_need(self, shard: int, start: int, length: int) -> None:
+        with self._lock:
+            self._reader(shard).will_need(start, length)
+
+    def _reader(self, shard: int) -> ShardReader:
+        if shard not in self._readers:
+            self._readers[shard] = ShardReader(self.folder, self.manifest.shards[shard].name)
+            if len(self._readers) > self.MAX_OPEN_SHARDS:
+                self._readers.popitem(last=False)[1].close()
+        self._readers.move_to_end(shard)
+        return self._readers[shard]
+
+    def close(self) -> None:
+        with self._lock:
+            while self._readers:
+                self._readers.popitem()[1].close()
+
+
+def read_manifest(folder: Path) -> tuple[Manifest, str]:
+    """The manifest of a finished folder and its sha256. Raises UserError if there is none."""
+    path = folder / MANIFEST
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        if (folder / PLAN).exists():
+            raise UserError(
+                f"data_dir: {folder} has no {MANIFEST}: tokenizing it was not finished; "
+                "run the same tokenize_dataset.py command again, it goes on where it stopped"
+            ) from None
+        raise UserError(
+            f"data_dir: {folder} has no {MANIFEST}, so it is not a folder of token shards; "
+            f"make one with: python tokenize_dataset.py --dataset_name ... --output_dir {folder}"
+        ) from None
+    except OSError as error:
+        raise UserError(f"data_dir: {path} cannot be read ({error.strerror})") from None
+    return Manifest.from_json(content, path), hashlib.sha256(content).hexdigest()
+
+
+def open_dataset(data_dir: str) -> TokenDataset:
+    """Open a folder of token shards. Raises UserError: no folder, no manifest, or files of another size than it says."""
+    folder = Path(data_dir)
+    if not folder.is_dir():
+        raise UserError(
+            f"data_dir: the folder {data_dir} does not exist; make it with: "
+            f"python tokenize_dataset.py --dataset_name ... --output_dir {data_dir}"
+        )
+    manifest, digest = read_manifest(folder)
+    for shard in manifest.shards:
+        for suffix, expected in (("bin", shard.bin_bytes), ("idx", shard.idx_bytes)):
+            path = folder / f"{shard.name}.{suffix}"
+            try:
+                size = path.stat().st_size
+            except OSError:
+                raise UserError(f"data_dir: {path} is missing although {MANIFEST} lists it") from None
+            if size != expected:
+                raise UserError(
+                    f"data_dir: {path} has {size:,} bytes but {MANIFEST} says {expected:,}; copy it again or tokenize again"
+                )
+    return TokenDataset(folder, manifest, digest)
+
+
+# ---------------------------------------------------------------------------- the endless stream
+
+
+def epoch_order(shards: int, *, seed: int, epoch: int) -> list[int]:
+    """The order of `shards` shards in an epoch: a pure function of its arguments.
+
+    Sorted by a hash rather than drawn from numpy's generator, whose draws may change between numpy versions.
+    """
+    key = lambda shard: hashlib.blake2b(f"{seed}/{epoch}/{shard}".encode(), digest_size=16).digest()  # noqa: E731
+    return sorted(range(shards), key=key)
+
+
+class TokenStream:
+    """Epoch after epoch of a data set's shards as one endless stream of tokens."""
+
+    def __init__(self, dataset: TokenDataset, *, seed: int):
+        self.dataset, self.seed = dataset, seed
+        self._epoch = functools.lru_cache(maxsize=4)(self._epoch_layout)
+
+    def _epoch_layout(self, epoch: int) -> tuple[list[int], list[int]]:
+        """Shards in this epoch's order and the offset in the epoch at which each begins."""
+        shards = self.dataset.manifest.shards
+        order = epoch_order(len(shards), seed=self.seed, epoch=epoch)
+        return order, [0, *itertools.accumulate(shards[shard].tokens for shard in order)]
+
+    def pieces(self, start: int, length: int):
+        """Where stream tokens [start, start + length) lie: (offset in the window, shard, first token, tokens)."""
+        done = 0
+        while done < length:
+            epoch, offset = divmod(start + done, self.dataset.total_tokens)
+            order, starts = self._epoch(epoch)
+            place = bisect.bisect_right(starts, offset) - 1
+            count = min(starts[place + 1] - offset, length - done)
+            yield done, order[place], offset - starts[place], count
+            done += count
+
+    def read_into(self, buffer: np.ndarray, start: int) -> None:
+        """Fill `buffer` (int32) with the stream's tokens from `start` on."""
+        for at, shard, first, count in self.pieces(start, len(buffer)):
+            self.dataset.read_shard_into(buffer[at : at + count], shard, first)
+
+    def will_need(self, start: int, length: int) -> None:
+        for _, shard, first, count in self.pieces(start, length):
+            self.dataset.will_need(shard, first, count)
+
+
+def sequence_tokens(dataset: TokenDataset, seed: int, start_token: int, length: int) -> np.ndarray:
+    """Stream tokens [start_token, start_token + length), int64, token by token: the reference for the loader's tests."""
+    tokens = np.empty(length, dtype=np.int64)
+    epochs: dict[int, np.ndarray] = {}
+    for i in range(length):
+        epoch, offset = divmod(start_token + i, dataset.total_tokens)
+        if epoch not in epochs:
+            names = [
+                dataset.manifest.shards[k].name
+                for k in epoch_order(len(dataset.manifest.shards), seed=seed, epoch=epoch)
+            ]
+            epochs[epoch] = np.concatenate([np.fromfile(dataset.folder / f"{name}.bin", TOKEN_DTYPE) for name in names])
+        tokens[i] = epochs[epoch][offset]
+    return tokens
+
+
+# ---------------------------------------------------------------------------- schedule
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One optimizer step. `sequences` and `tokens` count all ranks; `start_token` is its place in the endless stream."""
+
+    step: int
+    stage_index: int
+    seq_length: int
+    accumulation_steps: int
+    sequences: int
+    tokens: int
+    start_token: int
+
+
+class Schedule:
+    """The length curriculum as a function of the step, in closed form per stage.
+
+    `tokens_per_step` holds the tokens of an optimizer step near one number in every stage: the accumulation becomes
+    max(1, round(tokens_per_step / (seq_length * world_size * batch))) instead of `gradient_accumulation_steps`.
+    """
+
+    def __init__(
+        self,
+        *,
+        stages: Sequence[Stage],
+        num_train_steps: int,
+        world_size: int,
+        per_device_train_batch_size: int,
+        gradient_accumulation_steps: int,
+        tokens_per_step: int | None = None,
+    ):
+        self.num_train_steps, self.world_size, self.batch = num_train_steps, world_size, per_device_train_batch_size
+        self.stages = tuple(stages)
+        self._accumulation, self._stage_start_tokens, start_token = [], [], 0
+        for index, stage in enumerate(self.stages):
+            rows = world_size * per_device_train_batch_size
+            accumulation = gradient_accumulation_steps
+            if tokens_per_step is not None:
+                accumulation = max(1, round(tokens_per_step / (stage.seq_length * rows)))
+            self._accumulation.append(accumulation)
+            self._stage_start_tokens.append(start_token)
+            start_token += self.stage_steps(index) * accumulation * rows * stage.seq_length
+        self.total_tokens = start_token
+
+    def stage_steps(self, index: int) -> int:
+        """Optimizer steps of stage `index` within num_train_steps."""
+        ends = [stage.start_step for stage in self.stages[1:]] + [self.num_train_steps]
+        return max(0, min(ends[index], self.num_train_steps) - self.stages[index].start_step)
+
+    def step(self, step: int) -> StepPlan:
+        """What optimizer step `step` (counted from 0) trains on. Raises ValueError outside the schedule."""
+        if not 0 <= step < self.num_train_steps:
+            raise ValueError(f"step {step} is outside the schedule of {self.num_train_steps} steps")
+        index = bisect.bisect_right([stage.start_step for stage in self.stages], step) - 1
+        stage, accumulation = self.stages[index], self._accumulation[index]
+        sequences = accumulation * self.world_size * self.batch
+        tokens = sequences * stage.seq_length
+        start = self._stage_start_tokens[index] + (step - stage.start_step) * tokens
+        return StepPlan(step, index, stage.seq_length, accumulation, sequences, tokens, start)
+
+    def describe(self, dataset: TokenDataset | None) -> str:
+        """The start-up text: every stage, the tokens that the schedule needs and the epochs of `dataset` that is.
+
+        Without a data set (a dry run before tokenizing) the text ends with the tokens needed.
+        """
+        lines = []
+        for index, stage in enumerate(self.stages):
+            steps = self.stage_steps(index)
+            if steps == 0:
+                lines.append(f"stage {index}: from step {stage.start_step}: beyond num_train_steps, never reached")
+                continue
+            plan = self.step(stage.start_step)
+            lines.append(
+                f"stage {index}: steps {stage.start_step}-{stage.start_step + steps - 1}: {stage.seq_length:,} tokens x "
+                f"{plan.sequences:,} sequences ({plan.accumulation_steps} micro-steps x {self.world_size} ranks x "
+                f"{self.batch}) = {human_count(plan.tokens)} tokens a step, {human_count(plan.tokens * steps)} in all"
+            )
+        if dataset is None:
+            lines.append(f"data: none yet; the schedule needs {human_count(self.total_tokens)} tokens")
+            return "\n".join(lines)
+        epochs = self.total_tokens / dataset.total_tokens
+        lines.append(
+            f"data: {human_count(dataset.total_tokens)} tokens in {dataset.manifest.documents:,} documents and "
+            f"{len(dataset.manifest.shards)} shards; the schedule needs {human_count(self.total_tokens)} tokens = "
+            f"{epochs:.2f} epochs of this data set"
+        )
+        if epochs > 4:
+            lines.append(
+                f"WARNING: every document is read {epochs:.1f} times; beyond about 4 repeats little is learned"
+            )
+        return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------- the loader
+
+
+class WindowLoader:
+    """Serves micro-batches; the next one is read in a background thread while this one is trained on.
+
+    Row r of rank k in micro-step m is sequence j = m*world*batch + k*batch + r of the step: what is served depends on
+    the arguments alone, and the order of sequences is the same for any world size at equal global batch.
+
+    Raises UserError if the data set is smaller than one sequence of the first stage.
+    """
+
+    def __init__(self, dataset: TokenDataset, schedule: Schedule, *, seed: int, rank: int, prefetch: bool = True):
+        first = schedule.stages[0].seq_length
+        if dataset.total_tokens < first:
+            raise UserError(
+                f"data_dir: {dataset.folder} holds {dataset.total_tokens:,} tokens, less than one sequence of the first "
+                f"stage ({first:,}); tokenize more data or shorten the curriculum"
+            )
+        self.schedule, self.rank = schedule, rank
+        self.stream = TokenStream(dataset, seed=seed)
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="window-prefetch") if prefetch else None
+        self._pending: tuple[tuple[int, int], Future] | None = None
+
+    def micro_batch(self, step: int, micro_step: int) -> np.ndarray:
+        """Token ids of this rank's micro-batch, int64 [batch, seq_length]. A pure function of its arguments."""
+        wanted = (step, micro_step)
+        pending, self._pending = self._pending, None
+        batch = pending[1].result() if pending and pending[0] == wanted else self._read(*wanted)
+        following = self._following(*wanted)
+        if self._pool and following:
+            self._pending = (following, self._pool.submit(self._read_ahead, *following))
+        return batch
+
+    def _following(self, step: int, micro_step: int) -> tuple[int, int] | None:
+        if micro_step + 1 < self.schedule.step(step).accumulation_steps:
+            return step, micro_step + 1
+        return (step + 1, 0) if step + 1 < self.schedule.num_train_steps else None
+
+    def _read_ahead(self, step: int, micro_step: int) -> np.ndarray:
+        following = self._following(step, micro_step)
+        if following:  # the window after this one: the kernel fetches it while this one is trained on
+            self.stream.will_need(*self._place(*following))
+        return self._read(step, micro_step)
+
+    def _place(self, step: int, micro_step: int) -> tuple[int, int]:
+        """(first stream token, tokens) of this rank's micro-batch; its rows are neighbours in the stream."""
+        plan, batch = self.schedule.step(step), self.schedule.batch
+        if not 0 <= micro_step < plan.accumulation_steps:
+            raise ValueError(f"micro-step {micro_step} is outside step {step}'s {plan.accumulation_steps}")
+        sequence = (micro_step * self.schedule.world_size + self.rank) * batch
+        return plan.start_token + sequence * plan.seq_length, batch * plan.seq_length
+
+    def _read(self, step: int, micro_step: int) -> np.ndarray:
+        start, length = self._place(step, micro_step)
+        tokens = np.empty(length, TOKEN_DTYPE)
+        self.stream.read_into(tokens, start)
+        return tokens.astype(np.int64).reshape(self.schedule.batch, -1)
+
+    def close(self) -> None:
+        """Stop the background thread; a window it is reading is finished and dropped."""
+        if self._pool:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool = None
+        self._pending = None
+
+    def __enter__(self) -> WindowLoader:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
