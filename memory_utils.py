@@ -1,23 +1,23 @@
-"""Memory, time and cost of a run before it starts, term by term; and what it really used, phase by phase.
+"""Memory, time and cost of a run before it starts, term by term, and what would make it fit.
 
     python memory_utils.py --config config_h100_2x.yaml                   # plan for the machine it runs on
-    python memory_utils.py --config config_h100_2x.yaml --gpu h100 --gpus 2 --host_memory_gib 1024
+    python memory_utils.py --config config_h100_2x.yaml --gpu h100 --gpus 2 --host_memory_gib 2048
     ... --suggest | --json | --plot memory.png | --budget_usd 5000 --gpu_hour_usd 2.5 | --budget_hours 72
 
-The pipeline: a model's numbers (`ModelShape`), the DeepSpeed JSON (`ZeroSettings`) and the training config give bytes per
-term and stage (`gpu_terms`, `host_terms`), FLOPs (`model_flops_per_step`) and, where kernels were measured, seconds
-(`step_seconds`); `plan_run` chooses the engine's tile sizes and gives the verdict; `suggest` says what would make it fit;
-`PhaseProfiler` measures the same things in a real run.
+The pipeline: the model's numbers (model_shape.py), what ZeRO-3 holds (`zero_memory`, from the DeepSpeed JSON) and what the
+engine holds (engine_plan.py) give bytes per term and place (`memory_at`); kernel speeds (hardware.py) give seconds
+(`step_seconds`); `plan_run` puts them together per stage of the curriculum and judges; `suggest` and `budget_schedule` say
+what to change. The trainer calls `plan_run` before it loads anything; phase_profiler.py measures what a run really used.
 
-What it does not do: no torch is imported for a prediction (the answer takes less than a second), nothing is guessed for
-a card that is in no table here ("n/a"), and no network is used.
+What it does not do: no torch is imported (the answer takes less than a second), nothing is guessed for a card without
+figures ("n/a"), no network is used.
 
-Units: bytes inside, GiB in what is printed, FLOPs as multiply + add = 2. Symbols: T tokens of one sequence, D hidden
-size, H heads, K key and V value size of a head.
+Units: bytes inside, GiB in what is printed. Symbols: T tokens of one sequence.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import itertools
@@ -25,344 +25,20 @@ import json
 import math
 import os
 import re
-import sys
-import threading
-import time
 from collections import Counter
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 
 import engine_plan
-from config import TrainConfig, UserError, read_json
+from config import HUB_MODEL, TrainConfig, UserError, load_config, read_json, read_yaml, run_main
+from hardware import RATES, Gpu, find_gpu, found_gpus, host_memory, sequence_seconds
+from hardware import peak_flops as peak_flops
+from model_shape import KIMI_LINEAR_48B as KIMI_LINEAR_48B
+from model_shape import ModelShape, model_flops_per_step
+from phase_profiler import PhaseProfiler as PhaseProfiler
 from run_log import human_count, human_time
 
 GIB = 2**30
-
-# ---------------------------------------------------------------------------------------------- hardware
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """One card. `bf16_flops`: dense bf16 peak of the datasheet; `memory_gib`: what a program finds on it."""
-
-    name: str
-    bf16_flops: float
-    memory_gib: float
-    chip: str
-    source: str
-
-
-_DATASHEET = "NVIDIA datasheet: bf16 dense, memory in decimal GB"
-_SEEN = "NVIDIA datasheet; memory as torch reports it"
-# The words of `name` must all occur in what the driver calls the card; the entry with the most words wins.
-GPUS = (
-    Gpu("H100", 989.4e12, 79.1, "GH100", _SEEN),
-    Gpu("H100 PCIE", 756e12, 74.5, "GH100", _DATASHEET),
-    Gpu("H100 NVL", 835e12, 87.5, "GH100", _DATASHEET),
-    Gpu("H200", 989.4e12, 139.8, "GH100", _SEEN),
-    Gpu("H800", 989.4e12, 74.5, "GH100", _DATASHEET),
-    Gpu("H20", 148e12, 89.4, "GH100", _DATASHEET),
-    Gpu("B200", 2250e12, 167.6, "GB100", _DATASHEET),
-    Gpu("A100", 312e12, 37.2, "GA100", _DATASHEET),
-    Gpu("A100 80GB", 312e12, 74.5, "GA100", _DATASHEET),
-    Gpu("A800", 312e12, 74.5, "GA100", _DATASHEET),
-    Gpu("A10", 125e12, 22.3, "GA102", _DATASHEET),
-    Gpu("A40", 149.7e12, 44.7, "GA102", _DATASHEET),
-    Gpu("L4", 121e12, 22.3, "AD104", _DATASHEET),
-    Gpu("L20", 119.5e12, 44.7, "AD102", _DATASHEET),
-    Gpu("L40", 181e12, 44.7, "AD102", _DATASHEET),
-    Gpu("L40S", 362e12, 44.7, "AD102", _DATASHEET),
-)
-
-
-def find_gpu(name: str | None) -> Gpu | None:
-    """The table's entry for a driver's or a user's name of a card ('NVIDIA H100 80GB HBM3', 'l20'); None if unknown."""
-    words = set(re.findall(r"[A-Z0-9]+", (name or "").upper()))
-    matches = [gpu for gpu in GPUS if set(gpu.name.split()) <= words]
-    return max(matches, key=lambda gpu: len(gpu.name.split()), default=None)
-
-
-def peak_flops(gpu_name: str) -> float | None:
-    """Dense bf16 peak in FLOP/s of the card's datasheet; None for a card that is not in the table."""
-    gpu = find_gpu(gpu_name)
-    return gpu.bf16_flops if gpu else None
-
-
-# ---------------------------------------------------------------------------------------------- the model's numbers
-
-GROUPS = (
-    "embedding",
-    "head",
-    "kda",
-    "mla",
-    "dense_mlp",
-    "routed_experts",
-    "shared_experts",
-    "router",
-    "norms",
-)
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """One parameter of transformers' KimiLinearForCausalLM: its name, shape and group; `layer` is None outside layers."""
-
-    name: str
-    shape: tuple[int, ...]
-    group: str
-    layer: int | None = None
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def own_fp32(self) -> bool:
-        """A_log and dt_bias: the trainer takes them out of ZeRO and keeps them in fp32 (kimi_model.py)."""
-        return self.name.endswith((".A_log", ".dt_bias"))
-
-    def trained(self, trainable: str) -> bool:
-        """Whether `--trainable` leaves this parameter trained (the same rule as kimi_model.set_trainable)."""
-        if trainable == "no_experts":
-            return self.group != "routed_experts"
-        if trainable == "attention":
-            return self.group in ("kda", "mla")
-        return True
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """The sizes of one Kimi-Linear model; the defaults are transformers' own. Layers are counted from 0."""
-
-    vocab_size: int = 163840
-    hidden_size: int = 2304
-    intermediate_size: int = 9216
-    moe_intermediate_size: int = 1024
-    num_attention_heads: int = 32
-    qk_nope_head_dim: int = 128
-    qk_rope_head_dim: int = 64
-    v_head_dim: int = 128
-    kv_lora_rank: int = 512
-    q_lora_rank: int | None = None
-    attention_bias: bool = False
-    linear_num_heads: int = 32
-    linear_head_dim: int = 128
-    linear_conv_kernel_dim: int = 4
-    num_experts: int = 256
-    experts_per_token: int = 8
-    num_shared_experts: int = 1
-    tie_word_embeddings: bool = False
-    mla_layers: tuple[int, ...] = (4, 8, 12, 16, 20, 24)
-    dense_layers: tuple[int, ...] = (0,)
-    num_layers: int = 27
-
-    @classmethod
-    def from_config_dict(cls, d: dict) -> ModelShape:
-        """From the config.json that transformers writes or from the Hub's own (layers there are counted from 1).
-
-        Keys that are missing take transformers' defaults. Raises KeyError for a layer number beyond the model.
-        """
-        linear = d.get("linear_attn_config") or {}
-        first = lambda *names, default: next((d[n] for n in names if d.get(n) is not None), default)  # noqa: E731
-        layers = d.get("num_hidden_layers", cls.num_layers)
-        if d.get("layer_types"):
-            mla = [i for i, kind in enumerate(d["layer_types"]) if kind == "full_attention"]
-        elif "full_attn_layers" in linear:
-            mla = [layer - 1 for layer in linear["full_attn_layers"]]
-        else:
-            mla = [i for i in range(layers) if i and i % 4 == 0]
-        if d.get("mlp_layer_types"):
-            dense = [i for i, kind in enumerate(d["mlp_layer_types"]) if kind == "dense"]
-        else:
-            dense = list(range(min(layers, d.get("first_k_dense_replace", 1))))
-        if mla and max(mla) >= layers:
-            raise KeyError(f"full_attn_layers names layer {max(mla) + 1} of a model with {layers} layers")
-        same_name = (
-            "vocab_size hidden_size intermediate_size moe_intermediate_size num_attention_heads qk_nope_head_dim "
-            "qk_rope_head_dim v_head_dim kv_lora_rank q_lora_rank attention_bias tie_word_embeddings"
-        )
-        return cls(
-            **{name: first(name, default=getattr(cls, name)) for name in same_name.split()},
-            linear_num_heads=linear.get("num_heads", first("linear_num_heads", default=cls.linear_num_heads)),
-            linear_head_dim=linear.get("head_dim", first("linear_head_dim", default=cls.linear_head_dim)),
-            linear_conv_kernel_dim=linear.get(
-                "short_conv_kernel_size", first("linear_conv_kernel_dim", default=cls.linear_conv_kernel_dim)
-            ),
-            num_experts=first("num_local_experts", "num_experts", default=cls.num_experts),
-            experts_per_token=first("num_experts_per_tok", "num_experts_per_token", default=cls.experts_per_token),
-            num_shared_experts=first("n_shared_experts", "num_shared_experts", default=cls.num_shared_experts),
-            mla_layers=tuple(sorted(mla)),
-            dense_layers=tuple(sorted(dense)),
-            num_layers=layers,
-        )
-
-    @property
-    def qk_head_dim(self) -> int:
-        return self.qk_nope_head_dim + self.qk_rope_head_dim
-
-    @property
-    def linear_dim(self) -> int:
-        """Width of q, k, v and o in a KDA layer, all heads."""
-        return self.linear_num_heads * self.linear_head_dim
-
-    @property
-    def kda_layers(self) -> int:
-        return self.num_layers - len(self.mla_layers)
-
-    @property
-    def moe_layers(self) -> int:
-        return self.num_layers - len(self.dense_layers)
-
-    @cached_property
-    def parameters(self) -> tuple[Parameter, ...]:
-        """Every parameter, in the order of the model's own `named_parameters()`."""
-        found = [Parameter("model.embed_tokens.weight", (self.vocab_size, self.hidden_size), "embedding")]
-        for layer in range(self.num_layers):
-            attention = self._mla_parameters() if layer in self.mla_layers else self._kda_parameters()
-            group = "mla" if layer in self.mla_layers else "kda"
-            rows = [(f"self_attn.{name}", shape, group) for name, shape in attention]
-            rows += self._mlp_parameters(dense=layer in self.dense_layers)
-            rows += [(f"{name}.weight", (self.hidden_size,), "norms") for name in _LAYER_NORMS]
-            found += [Parameter(f"model.layers.{layer}.{name}", shape, group, layer) for name, shape, group in rows]
-        found.append(Parameter("model.norm.weight", (self.hidden_size,), "norms"))
-        if not self.tie_word_embeddings:
-            found.append(Parameter("lm_head.weight", (self.vocab_size, self.hidden_size), "head"))
-        return tuple(found)
-
-    def _kda_parameters(self) -> list[tuple[str, tuple[int, ...]]]:
-        d, width, head, heads = self.hidden_size, self.linear_dim, self.linear_head_dim, self.linear_num_heads
-        return [
-            ("q_proj.weight", (width, d)),
-            ("k_proj.weight", (width, d)),
-            ("v_proj.weight", (width, d)),
-            ("conv1d.weight", (3 * width, 1, self.linear_conv_kernel_dim)),
-            ("forget_gate.dt_bias", (width,)),
-            ("forget_gate.A_log", (1, 1, heads, 1)),
-            ("forget_gate.f_a_proj.weight", (head, d)),
-            ("forget_gate.f_b_proj.weight", (width, head)),
-            ("b_proj.weight", (heads, d)),
-            ("g_a_proj.weight", (head, d)),
-            ("g_b_proj.weight", (width, head)),
-            ("o_norm.weight", (head,)),
-            ("o_proj.weight", (d, width)),
-        ]
-
-    def _mla_parameters(self) -> list[tuple[str, tuple[int, ...]]]:
-        d, heads, rank = self.hidden_size, self.num_attention_heads, self.kv_lora_rank
-        bias = lambda name, size: [(f"{name}.bias", (size,))] if self.attention_bias else []  # noqa: E731
-        if self.q_lora_rank is None:
-            query = [("q_proj.weight", (heads * self.qk_head_dim, d))]
-        else:
-            query = [
-                ("q_a_proj.weight", (self.q_lora_rank, d)),
-                *bias("q_a_proj", self.q_lora_rank),
-                ("q_a_layernorm.weight", (self.q_lora_rank,)),
-                ("q_b_proj.weight", (heads * self.qk_head_dim, self.q_lora_rank)),
-            ]
-        return [
-            *query,
-            ("kv_a_proj_with_mqa.weight", (rank + self.qk_rope_head_dim, d)),
-            *bias("kv_a_proj_with_mqa", rank + self.qk_rope_head_dim),
-            ("kv_a_layernorm.weight", (rank,)),
-            ("kv_b_proj.weight", (heads * (self.qk_nope_head_dim + self.v_head_dim), rank)),
-            ("o_proj.weight", (d, heads * self.v_head_dim)),
-            *bias("o_proj", d),
-        ]
-
-    def _mlp_parameters(self, *, dense: bool) -> list[tuple[str, tuple[int, ...], str]]:
-        d = self.hidden_size
-
-        def swiglu(prefix: str, width: int, group: str):
-            return [
-                (f"{prefix}.gate_proj.weight", (width, d), group),
-                (f"{prefix}.up_proj.weight", (width, d), group),
-                (f"{prefix}.down_proj.weight", (d, width), group),
-            ]
-
-        if dense:
-            return swiglu("mlp", self.intermediate_size, "dense_mlp")
-        experts, width = self.num_experts, self.moe_intermediate_size
-        return [
-            ("mlp.experts.gate_up_proj", (experts, 2 * width, d), "routed_experts"),
-            ("mlp.experts.down_proj", (experts, d, width), "routed_experts"),
-            ("mlp.gate.weight", (experts, d), "router"),
-            *swiglu("mlp.shared_experts", width * self.num_shared_experts, "shared_experts"),
-        ]
-
-    @cached_property
-    def parameter_counts(self) -> dict[str, int]:
-        """Parameters per group of GROUPS."""
-        counts = dict.fromkeys(GROUPS, 0)
-        for parameter in self.parameters:
-            counts[parameter.group] += parameter.numel
-        return counts
-
-    @cached_property
-    def total_parameters(self) -> int:
-        return sum(self.parameter_counts.values())
-
-    def trained_parameters(self, trainable: str) -> int:
-        return sum(p.numel for p in self.parameters if p.trained(trainable))
-
-
-_LAYER_NORMS = ("input_layernorm", "post_attention_layernorm")
-
-# the released model: its config.json names the MLA layers 4,8,12,16,20,24,27, counted from 1
-KIMI_LINEAR_48B = ModelShape(mla_layers=(3, 7, 11, 15, 19, 23, 26))
-
-# ---------------------------------------------------------------------------------------------- arithmetic
-
-
-def forward_flops(shape: ModelShape, seq_length: int) -> dict[str, float]:
-    """Forward FLOPs of one sequence of T tokens per term; a weight used by a token costs 2, whatever computes it.
-
-    attention       layers x T^2 x H x (K + V): q.k and p.v over the causal half, 2 x T^2/2 x H x (K + V). At T = 2,097,152
-                    one layer of the released model is T^2 x 32 x 320 = 4.5e16.
-    kda_recurrence  layers x T x H x 6KV: what one token does to a head's K x V state (predict, correct, read), 2KV each.
-    routed_experts  T x experts per token x one expert's weights; the rest: 2 x T x the group's matrices.
-    """
-    tokens = float(seq_length)
-    weights = dict.fromkeys(GROUPS, 0)
-    for p in shape.parameters:
-        if len(p.shape) > 1 and not p.own_fp32:
-            weights[p.group] += p.numel
-    if shape.tie_word_embeddings:
-        weights["head"] = weights["embedding"]
-    weights["routed_experts"] = weights["routed_experts"] * shape.experts_per_token // max(1, shape.num_experts)
-    heads, k, v = shape.num_attention_heads, shape.qk_head_dim, shape.v_head_dim
-    kda_state = shape.linear_num_heads * shape.linear_head_dim**2
-    return {
-        "attention": len(shape.mla_layers) * tokens**2 * heads * (k + v),
-        "kda_recurrence": shape.kda_layers * tokens * 6 * kda_state,
-        "kda_projections": 2 * tokens * weights["kda"],
-        "mla_projections": 2 * tokens * weights["mla"],
-        "routed_experts": 2 * tokens * weights["routed_experts"],
-        "shared_experts": 2 * tokens * weights["shared_experts"],
-        "router": 2 * tokens * weights["router"],
-        "dense_mlp": 2 * tokens * weights["dense_mlp"],
-        "head": 2 * tokens * weights["head"],
-    }
-
-
-_WEIGHT_GROUP = {"kda_projections": "kda", "mla_projections": "mla"}
-
-
-def model_flops_per_step(
-    shape: ModelShape, seq_length: int, sequences: int, *, trainable: str = "all"
-) -> dict[str, float]:
-    """FLOPs per term of forward and backward over `sequences` sequences; what is recomputed is not counted.
-
-    Backward is twice the forward (gradients of inputs and of weights); for frozen matrices once (inputs only).
-    """
-    totals = {}
-    for term, forward in forward_flops(shape, seq_length).items():
-        group = _WEIGHT_GROUP.get(term, term)
-        frozen = group in GROUPS and not Parameter("", (), group).trained(trainable)
-        totals[term] = sequences * forward * (2 if frozen else 3)
-    return totals
-
 
 # ---------------------------------------------------------------------------------------------- ZeRO-3: where the states lie
 
@@ -457,7 +133,7 @@ class Memory:
 
 
 def zero_memory(
-    shape: ModelShape, zero: ZeroSettings, *, trainable: str, ranks: int, pool: PinnedPool | None
+    shape: ModelShape, zero: ZeroSettings, *, trainable: str, ranks: int, local_ranks: int, pool: PinnedPool | None
 ) -> Memory:
     """What DeepSpeed ZeRO-3 holds between steps, as its code allocates it (0.19.8, runtime/zero/stage3.py), in its order:
 
@@ -466,7 +142,8 @@ def zero_memory(
     3. fp32 master per sub-group (pageable), 4. fp32 gradient per sub-group (pinned)
     5. one flat block that gradients are accumulated in over micro-steps (pinned; grad_accum_dtype)
     6. CPU Adam's two moments, at the first step (pageable)
-    `pool` is one rank's pinned allocator, None where nothing can be pinned (a CPU run). Adds up all ranks of the host.
+    `pool` is one rank's pinned allocator, None where nothing can be pinned (a CPU run). `ranks` share the parameters,
+    `local_ranks` of them are on this host and added up.
     """
     memory = Memory()
     owned = [p for p in shape.parameters if not p.own_fp32]
@@ -482,7 +159,7 @@ def zero_memory(
         if place == "pinned":
             for block in blocks:
                 pool.allocate(block)
-        memory.add(place, term, sum(blocks) * (1 if place == "gpu" else ranks))
+        memory.add(place, term, sum(blocks) * (1 if place == "gpu" else local_ranks))
 
     w, weights_at = zero.weight_bytes, (zero.weights_device, zero.pin_weights)
     on_host = pool is not None and zero.weights_device == "cpu" and zero.pin_weights
@@ -501,6 +178,8 @@ def zero_memory(
     accumulator = states if states != "nvme" else "cpu"
     hold(accumulator, zero.pin_states, "gradient accumulation", [zero.accumulation_bytes * sum(trained)])
     hold(states, False, "Adam moments", [2 * zero.moment_bytes * n for n in sub_groups])
+    if states == "nvme":  # buffer_count, 4 by default, sub-groups at a time pass through host memory
+        hold("cpu", True, "NVMe swap buffers", [4 * zero.master_bytes * max(sub_groups, default=0)])
 
     memory.add("gpu", "ZeRO reduce bucket", w * zero.reduce_bucket_size)
     small = sum(p.numel for p in owned if p.numel <= zero.persistence_threshold)
@@ -527,83 +206,9 @@ def _sub_groups(partitions: list[int], limit: int) -> list[int]:
 
 # ---------------------------------------------------------------------------------------------- time
 
-
-@dataclass(frozen=True)
-class KernelRates:
-    """Measured speed of the engine's kernels on one chip, FLOP/s, tokens/s and bytes/s; `attention`: (T, forward, backward).
-
-    A backward of attention counts 2.5 times its forward's FLOPs (the kernel computes q.k again), as these were counted.
-    """
-
-    peak: float
-    attention: dict[str, tuple[tuple[int, float, float], ...]]
-    kda_forward_tokens: float
-    kda_backward_tokens: float
-    matmul: float
-    experts_forward: float
-    experts_both: float
-    head: float
-    pcie_bytes: float
-
-
-# One H100 80GB HBM3, torch 2.11, fla-core 0.6.0, flash-attn-4 4.0.0b36; the table in DESIGN.md and benchmarks/results
-RATES = {
-    "GH100": KernelRates(
-        peak=989.4e12,
-        attention={
-            "flash4": ((131072, 820e12, 500e12), (524288, 725e12, 495e12), (2097152, 718e12, 486e12)),
-            "cudnn": ((131072, 555e12, 479e12), (2097152, 572e12, 376e12)),
-            "flash": ((131072, 243e12, 230e12),),
-        },
-        kda_forward_tokens=2097152 / 0.39,
-        kda_backward_tokens=2097152 / 1.57,
-        matmul=755e12,
-        experts_forward=183e12,
-        experts_both=205e12,
-        head=133e12,
-        pcie_bytes=55e9,
-    )
-}
 # CPU Adam reads weight, gradient and moments and writes weight, moments and the bf16 copy. The host's bandwidth is an
 # assumption (a common two-socket server sustains more); at 2M tokens the term is 1 % of a step.
 HOST_BYTES_PER_S = 100e9
-
-
-def attention_rates(rates: KernelRates, backend: str, tokens: int) -> tuple[float, float]:
-    """(forward, backward) FLOP/s at this length: between measured lengths by log(T), beyond them the nearest one's."""
-    points = rates.attention["flash4" if backend == "auto" else backend]
-    if tokens <= points[0][0]:
-        return points[0][1:]
-    for (t0, f0, b0), (t1, f1, b1) in itertools.pairwise(points):
-        if tokens <= t1:
-            x = math.log(tokens / t0) / math.log(t1 / t0)
-            return f0 + x * (f1 - f0), b0 + x * (b1 - b0)
-    return points[-1][1:]
-
-
-def sequence_seconds(
-    shape: ModelShape, rates: KernelRates, *, tokens: int, trainable: str, backend: str, keep_attention: bool
-) -> dict[str, float]:
-    """Seconds per term of one sequence's forward and backward on a card with these rates.
-
-    Every layer runs forward, again in backward (all but quadratic attention where its output is kept), and backward.
-    """
-    f = forward_flops(shape, tokens)
-    backward = lambda group: 2 if Parameter("", (), group).trained(trainable) else 1  # noqa: E731
-    forward_rate, backward_rate = attention_rates(rates, backend, tokens)
-    # the rates were measured with 32 heads of 128 x 128
-    kda = tokens * shape.kda_layers * shape.linear_num_heads * shape.linear_head_dim**2 / (32 * 128**2)
-    experts = f["routed_experts"]
-    matmuls = {**_WEIGHT_GROUP, **{group: group for group in ("shared_experts", "dense_mlp", "router")}}
-    return {
-        "attention forward": f["attention"] * (1 if keep_attention else 2) / forward_rate,
-        "attention backward": f["attention"] * 2.5 / backward_rate,
-        "KDA recurrence": kda / rates.kda_forward_tokens + kda / rates.kda_backward_tokens,
-        "routed experts": experts / rates.experts_forward
-        + experts * (1 + backward("routed_experts")) / rates.experts_both,
-        "other matrices": sum(f[term] * (2 + backward(group)) / rates.matmul for term, group in matmuls.items()),
-        "head and loss": 3 * f["head"] / rates.head,
-    }
 
 
 def step_seconds(
@@ -657,13 +262,21 @@ ALLOCATOR_SETTINGS = "expandable_segments:True,pinned_max_round_threshold_mb:64,
 
 @dataclass(frozen=True)
 class Machine:
-    """What the run has. `gpu`: the card's name or None; `gpu_limit`: bytes of one card, None for CPU processes."""
+    """What the run has. `gpu`: the card's name or None; `gpu_limit`: bytes of one card, None for CPU processes.
+
+    `num_gpus` counts all machines; `host_limit` and every host figure are of one of `num_machines` equal ones.
+    """
 
     num_gpus: int
     gpu: str | None
     gpu_limit: int | None
     host_limit: int
     pinned_round_limit: int | None
+    num_machines: int = 1
+
+    @property
+    def local_gpus(self) -> int:
+        return self.num_gpus // self.num_machines
 
     @property
     def usable_host(self) -> int:
@@ -803,9 +416,10 @@ def plan_run(
     host_memory_gib: float | None,
     dataset_tokens: int | None = None,
     zero: ZeroSettings | None = None,
+    num_machines: int = 1,
     environ=os.environ,
 ) -> Plan:
-    """Plan `config` on one machine. With neither `gpu` nor `gpu_memory_gib`: processes on the CPU.
+    """Plan `config` on `num_gpus` cards in all. With neither `gpu` nor `gpu_memory_gib`: processes on the CPU.
 
     `host_memory_gib` None: what this machine has. `zero` None: from the config's DeepSpeed JSON (DeepSpeed's defaults
     where it names none). Raises UserError where the card's memory is neither given nor in the table.
@@ -821,6 +435,7 @@ def plan_run(
         gpu_limit=int(gpu_memory_gib * GIB) if gpu_memory_gib else None,
         host_limit=int(host_memory_gib * GIB) if host_memory_gib else host_memory(),
         pinned_round_limit=pinned_round_limit(environ),
+        num_machines=num_machines,
     )
     ends = [stage.start_step for stage in config.stages[1:]] + [config.num_train_steps]
     lengths = [
@@ -864,13 +479,14 @@ def engine_step(
     config: TrainConfig, shape: ModelShape, zero: ZeroSettings, machine: Machine, choice: EngineChoice, seq_length: int
 ) -> engine_plan.Plan:
     """The engine's own plan for this length, as it will make it when the run is there."""
-    resident = sum(zero_memory(shape, zero, trainable=config.trainable, ranks=machine.num_gpus, pool=None).gpu.values())
+    ranks, local = machine.num_gpus, machine.local_gpus
+    held = zero_memory(shape, zero, trainable=config.trainable, ranks=ranks, local_ranks=local, pool=None)
     return engine_plan.plan_step(
         engine_shape(shape),
         config.per_device_train_batch_size * seq_length,
         element_bytes=zero.weight_bytes,
         options=engine_plan.EngineOptions(**dataclasses.asdict(choice)),
-        gpu_bytes=int(choice.gpu_budget_gib * GIB) - resident if machine.gpu_limit else None,
+        gpu_bytes=int(choice.gpu_budget_gib * GIB) - sum(held.gpu.values()) if machine.gpu_limit else None,
         training=True,
     )
 
@@ -909,9 +525,9 @@ def memory_at(
     seq_length: int,
 ) -> tuple[str, Memory]:
     """(the phase of a step in which the GPU is fullest, memory per term) for sequences of this length."""
-    ranks, on_gpu = machine.num_gpus, machine.gpu_limit is not None
+    local, on_gpu = machine.local_gpus, machine.gpu_limit is not None
     pool = PinnedPool(machine.pinned_round_limit) if on_gpu else None
-    memory = zero_memory(shape, zero, trainable=config.trainable, ranks=ranks, pool=pool)
+    memory = zero_memory(shape, zero, trainable=config.trainable, ranks=machine.num_gpus, local_ranks=local, pool=pool)
     planned = engine_step(config, shape, zero, machine, choice, seq_length)
     tokens = config.per_device_train_batch_size * seq_length
     buffers = engine_plan.engine_buffers(engine_shape(shape), tokens, planned, element_bytes=zero.weight_bytes)
@@ -923,17 +539,17 @@ def memory_at(
     phases = {where: fullest(where) for where in ("gpu", "host")}
     for b in buffers:
         if not b.phases or phases[b.where] in b.phases:
-            memory.add("gpu" if b.where == "gpu" else "pinned", b.name, b.bytes * (1 if b.where == "gpu" else ranks))
+            memory.add("gpu" if b.where == "gpu" else "pinned", b.name, b.bytes * (1 if b.where == "gpu" else local))
     if on_gpu:
         engine = sum(b.bytes for b in buffers if b.where == "gpu" and (not b.phases or phases["gpu"] in b.phases))
         memory.add("gpu", "allocator: rounding, fragments", int((engine_plan.MARGIN - 1) * engine))
         memory.add("gpu", "CUDA context, NCCL", GPU_CONTEXT)
-        memory.add("pinned", "pinned blocks: rounding, cache", ranks * (pool.owned - pool.asked))
+        memory.add("pinned", "pinned blocks: rounding, cache", local * (pool.owned - pool.asked))
     else:  # there is one memory: what a GPU would hold lies in the processes
         for term, size in memory.gpu.items():
-            memory.add("pageable", term, ranks * size)
+            memory.add("pageable", term, local * size)
         memory.gpu.clear()
-    memory.add("pageable", "Python, libraries", ranks * PROCESS_BASE["gpu" if on_gpu else "cpu"])
+    memory.add("pageable", "Python, libraries", local * PROCESS_BASE["gpu" if on_gpu else "cpu"])
     memory.add("disk", "checkpoints", checkpoint_bytes(shape, zero, config))
     return phases["gpu"], memory
 
@@ -1018,15 +634,6 @@ def pinned_round_limit(environ) -> int | None:
     return int(match[1]) * 2**20 if match else None
 
 
-def host_memory() -> int:
-    """Bytes of host memory this process may use: the machine's, or its container's limit."""
-    match = re.search(r"^MemTotal:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.M)
-    found = int(match[1]) * 1024
-    with contextlib.suppress(OSError, ValueError):  # no control group, or 'max'
-        found = min(found, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return found
-
-
 # ---------------------------------------------------------------------------------------------- the plan in words
 
 
@@ -1096,120 +703,293 @@ def _time_lines(plan: Plan, row) -> list[str]:
     ]
 
 
-# ---------------------------------------------------------------------------------------------- what a run really used
+# ---------------------------------------------------------------------------------------------- what to change
 
 
-@dataclass
-class PhasePeak:
-    """Highest values seen in one phase, in bytes. `gpu_*` and `pinned` are 0 without a GPU."""
+@dataclass(frozen=True)
+class Change:
+    """One thing a user could change: what to write, and what it does to the planner's inputs."""
 
-    gpu_allocated: int = 0
-    gpu_reserved: int = 0
-    pinned: int = 0
-    process: int = 0
-    seconds: float = 0.0
-    entered: int = 0
+    label: str
+    config: dict = field(default_factory=dict)
+    zero: dict = field(default_factory=dict)
+    machine: dict = field(default_factory=dict)
 
 
-class PhaseProfiler:
-    """Peaks of GPU, pinned and process memory per phase of a run.
+def possible_changes(config: TrainConfig, zero: ZeroSettings, plan: Plan) -> list[Change]:
+    """Every lever there is, cheapest first."""
+    changes = []
+    fixed = [n for n in ("segment_tokens", "heads_per_group", "token_tile") if getattr(config, n) is not None]
+    if fixed:
+        changes.append(Change(f"leave {', '.join(fixed)} to the planner", config=dict.fromkeys(fixed)))
+    if config.offload == "gpu":
+        changes.append(Change("--offload auto", config={"offload": "auto"}))
+    if config.attention_outputs == "keep":
+        changes.append(Change("--attention_outputs recompute", config={"attention_outputs": "recompute"}))
+    if zero.accumulation_bytes == 4:
+        changes.append(
+            Change(
+                '"data_types": {"grad_accum_dtype": "bf16"} in the DeepSpeed JSON (rounds sums of many micro-steps)',
+                zero={"accumulation_bytes": 2},
+            )
+        )
+    if config.trainable == "all":
+        changes.append(Change("--trainable no_experts (routed experts frozen)", config={"trainable": "no_experts"}))
+    if zero.master_bytes == 4:
+        changes.append(
+            Change(
+                '"bf16_master_weights_and_grads": true and "bf16_optimizer_states": true under "bf16" in the DeepSpeed JSON '
+                "(small updates are rounded away)",
+                zero={"master_bytes": 2, "moment_bytes": 2},
+            )
+        )
+    if zero.states_device == "cpu":
+        changes.append(
+            Change(
+                '"offload_optimizer": {"device": "nvme", "nvme_path": ...} (a fast disk)',
+                zero={"states_device": "nvme"},
+            )
+        )
+    for processes in range(plan.machine.local_gpus - 1, 0, -1):
+        changes.append(
+            Change(
+                f"--num_processes {processes} (each GPU's sequence takes host memory)", machine={"num_gpus": processes}
+            )
+        )
+    changes.append(
+        Change(
+            "a second machine like this one",
+            machine={"num_gpus": 2 * plan.machine.num_gpus, "num_machines": 2 * plan.machine.num_machines},
+        )
+    )
+    return changes
 
-        profiler = PhaseProfiler()
-        with profiler.phase("forward"):
-            ...
-        profiler.peaks["forward"].gpu_reserved      # bytes, the highest over all entries into the phase
 
-    Phases must not be nested (there is one high-water mark). Process memory is the kernel's own mark (VmHWM, reset on
-    entry), or a thread sampling every 5 ms where the kernel refuses the reset. Process memory counts this process only:
-    a host's use is the sum over its ranks.
+def suggest(config: TrainConfig, shape: ModelShape, plan: Plan, **machine) -> list[str]:
+    """What would make the plan fit, cheapest first, each alone with its effect; `machine`: plan_run's other arguments.
+
+    Then what is enough together, and up to which length the run fits as it stands.
     """
+    zero = read_zero(config)
 
-    def __init__(self, *, proc: Path = Path("/proc/self"), sample_s: float = 0.005):
-        self.peaks: dict[str, PhasePeak] = {}
-        self._proc = proc
-        self._sample_s = sample_s
-        self._open: str | None = None
-        self.process_source = "VmHWM" if self._reset_high_water_mark() else f"sampled every {sample_s * 1e3:g} ms"
+    def replan(changes: list[Change]) -> Plan:
+        values = {**machine, **{k: v for change in changes for k, v in change.machine.items()}}
+        return plan_run(
+            dataclasses.replace(config, **{k: v for change in changes for k, v in change.config.items()}),
+            shape,
+            zero=dataclasses.replace(zero, **{k: v for change in changes for k, v in change.zero.items()}),
+            **values,
+        )
 
-    @contextmanager
-    def phase(self, name: str):
-        if self._open is not None:
-            raise RuntimeError(f"phase {name!r} entered inside phase {self._open!r}; phases must not be nested")
-        self._open = name
-        cuda = _initialised_cuda()
-        if cuda:
-            cuda.synchronize()
-            cuda.reset_peak_memory_stats()
-            cuda.reset_peak_host_memory_stats()
-        sampler = None if self._reset_high_water_mark() else _RssSampler(self._proc, self._sample_s)
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._open = None
-            cuda = _initialised_cuda()
-            if cuda:
-                cuda.synchronize()
-            peak = self.peaks.setdefault(name, PhasePeak())
-            peak.seconds += time.perf_counter() - start
-            peak.entered += 1
-            if cuda:
-                peak.gpu_allocated = max(peak.gpu_allocated, cuda.max_memory_allocated())
-                peak.gpu_reserved = max(peak.gpu_reserved, cuda.max_memory_reserved())
-                peak.pinned = max(peak.pinned, cuda.host_memory_stats().get("allocated_bytes.peak", 0))
-            peak.process = max(peak.process, sampler.stop() if sampler else _status_bytes(self._proc, "VmHWM"))
-
-    def _reset_high_water_mark(self) -> bool:
-        """Set VmHWM back to the present size (Linux: write 5 to clear_refs); False where that is not allowed."""
-        try:
-            (self._proc / "clear_refs").write_text("5")
-        except OSError:
-            return False
-        # some sandboxes accept the write and do nothing, which would report an earlier phase's peak as this one's
-        now = _status_bytes(self._proc, "VmRSS")
-        return _status_bytes(self._proc, "VmHWM") <= now + 64 * 2**20
-
-    def table(self) -> str:
-        """One aligned line per phase."""
-        lines = [
-            f"{'phase':<12}{'GPU alloc':>11}{'GPU resv':>11}{'pinned':>11}{'process':>11}  GiB, peaks ({self.process_source})"
-        ]
-        for name, p in self.peaks.items():
-            sizes = (p.gpu_allocated, p.gpu_reserved, p.pinned, p.process)
-            lines.append(f"{name:<12}" + "".join(f"{size / GIB:>11.3f}" for size in sizes) + f"  {p.seconds:.1f} s")
-        return "\n".join(lines)
+    lines, together, enough = [], [], None
+    for change in possible_changes(config, zero, plan):
+        alone = replan([change])
+        lines.append(f"{change.label}: {_effect(plan, alone)}")
+        if enough is None and not plan.fits and "num_machines" not in change.machine:
+            together.append(change)
+            enough = replan(together) if replan(together).fits else None
+    if plan.fits:
+        return ["it fits as it is; what each change would do:", *lines]
+    if enough:
+        needed = _without_the_needless(together, lambda changes: replan(changes).fits)
+        lines.append(f"enough together: {'; '.join(c.label.split(' (')[0] for c in needed)}: {replan(needed).verdict}")
+    else:
+        lines.append("all changes on this machine together are not enough at this length")
+    longest = longest_that_fits(config, shape, **machine)
+    lines.append(
+        f"as it stands the run fits up to {longest:,} tokens a sequence: end the curriculum there"
+        if longest
+        else "as it stands the run fits at no length"
+    )
+    need = max(stage.host_bytes for stage in plan.stages) / (1 - HOST_RESERVE) / GIB
+    lines.append(f"as it stands the run needs {need:,.0f} GiB of host memory a machine")
+    return lines
 
 
-class _RssSampler:
-    """The highest VmRSS a thread saw between construction and stop()."""
-
-    def __init__(self, proc: Path, sample_s: float):
-        self._proc, self._sample_s = proc, sample_s
-        self._highest = _status_bytes(proc, "VmRSS")
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="rss-sampler", daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        while not self._done.wait(self._sample_s):
-            self._highest = max(self._highest, _status_bytes(self._proc, "VmRSS"))
-
-    def stop(self) -> int:
-        self._done.set()
-        self._thread.join()
-        return max(self._highest, _status_bytes(self._proc, "VmRSS"))
+def _without_the_needless(changes: list[Change], fits) -> list[Change]:
+    """Drop, dearest first, what the rest can do without."""
+    needed = list(changes)
+    for change in reversed(changes):
+        rest = [c for c in needed if c is not change]
+        if fits(rest):
+            needed = rest
+    return needed
 
 
-def _status_bytes(proc: Path, key: str) -> int:
-    """A 'VmRSS: 123 kB' line of /proc/PID/status in bytes; 0 where there is none."""
-    try:
-        match = re.search(rf"^{key}:\s+(\d+) kB", (proc / "status").read_text(), re.M)
-    except OSError:
-        return 0
-    return int(match[1]) * 1024 if match else 0
+def _effect(before: Plan, after: Plan) -> str:
+    host = [max(stage.host_bytes for stage in plan.stages) / GIB for plan in (before, after)]
+    parts = [f"host {host[0]:,.0f} -> {host[1]:,.0f} GiB"]
+    if before.machine.gpu_limit:
+        gpu = [max(stage.gpu_bytes for stage in plan.stages) / GIB for plan in (before, after)]
+        if abs(gpu[1] - gpu[0]) > 0.05:
+            parts.append(f"GPU {gpu[0]:,.1f} -> {gpu[1]:,.1f} GiB")
+    if before.total_seconds and after.total_seconds:
+        speed = after.total_tokens / after.total_seconds / (before.total_tokens / before.total_seconds)
+        if abs(speed - 1) > 0.005:
+            parts.append(f"speed x {speed:.2f}")
+    return ", ".join(parts) + (", fits" if after.fits else "")
 
 
-def _initialised_cuda():
-    """torch.cuda once something has used it, else None: a profiler must not be what creates the CUDA context."""
-    torch = sys.modules.get("torch")
-    return torch.cuda if torch and torch.cuda.is_available() and torch.cuda.is_initialized() else None
+def longest_that_fits(config: TrainConfig, shape: ModelShape, *, step: int = 65536, **machine) -> int:
+    """The longest sequence, a multiple of `step`, up to the curriculum's longest, at which the run fits; 0 for none."""
+    most = max(stage.seq_length for stage in config.stages)
+    low, high = 0, most // step
+    while low < high:
+        middle = (low + high + 1) // 2
+        at = dataclasses.replace(config, curriculum=f"0:{middle * step}")
+        low, high = (middle, high) if plan_run(at, shape, **machine).fits else (low, middle - 1)
+    return low * step
+
+
+def budget_schedule(config: TrainConfig, plan: Plan, *, hours: float) -> str:
+    """The schedule that `hours` of this machine buy: every stage cut by the same factor, tokens a step as they are."""
+    if plan.total_seconds is None:
+        return "budget: n/a, the speed of this card is not known"
+    share = min(1.0, hours * 3600 / plan.total_seconds)
+    steps = [math.floor(stage.steps * share) for stage in plan.stages]
+    starts = [0, *itertools.accumulate(steps)]
+    bought = [(start, stage, n) for start, stage, n in zip(starts, plan.stages, steps, strict=False) if n]
+    if not bought:
+        first = plan.stages[0]
+        return f"budget: {hours:,.1f} hours buy no step of each stage; one step takes {human_time(first.step_seconds)}"
+    tokens = sum(stage.tokens_per_step * n for _, stage, n in bought)
+    curriculum = ",".join(f"{start}:{stage.seq_length}" for start, stage, _ in bought)
+    each = "; ".join(
+        f"{n:,} steps of {human_count(stage.tokens_per_step)} tokens at {stage.seq_length:,}" for _, stage, n in bought
+    )
+    return (
+        f"budget: {hours:,.1f} hours on {plan.machine.num_gpus} GPUs buy {human_count(tokens)} tokens ({each})\n"
+        f'  --num_train_steps {sum(steps)} --curriculum "{curriculum}"'
+    )
+
+
+# ---------------------------------------------------------------------------------------------- the picture
+
+
+def draw(config: TrainConfig, shape: ModelShape, plan: Plan, path: str, **machine) -> None:
+    """Memory by term against sequence length, stacked: GPU above, host below, the limits as lines."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    longest = max(stage.seq_length for stage in plan.stages)
+    lengths = [max(2, longest * i // 24) for i in range(1, 25)]
+    stages = [
+        plan_run(dataclasses.replace(config, curriculum=f"0:{length}"), shape, **machine).stages[0]
+        for length in lengths
+    ]
+    panels = [
+        ("host memory of one machine", lambda s: {**s.memory.pinned, **s.memory.pageable}, plan.machine.host_limit)
+    ]
+    if plan.machine.gpu_limit:
+        panels.insert(0, ("GPU memory of one card", lambda s: s.memory.gpu, plan.machine.gpu_limit))
+    figure, axes = pyplot.subplots(len(panels), 1, figsize=(11, 5 * len(panels)), squeeze=False, layout="constrained")
+    colours = [*pyplot.get_cmap("tab20").colors, *pyplot.get_cmap("tab20b").colors]
+    for axis, (title, terms_of, limit) in zip(axes[:, 0], panels, strict=True):
+        # a count in a term's name changes with the length: one colour for all of them
+        rows = [_merged(terms_of(stage)) for stage in stages]
+        names = sorted({name for row in rows for name in row}, key=lambda n: -max(row.get(n, 0) for row in rows))
+        values = [[row.get(name, 0) / GIB for row in rows] for name in names]
+        axis.stackplot([n / 2**20 for n in lengths], values, labels=names, colors=colours)
+        axis.axhline(limit / GIB, color="black", linestyle="--", label=f"limit, {limit / GIB:,.1f} GiB")
+        axis.set(title=title, xlabel="tokens of a sequence, in units of 1,048,576", ylabel="GiB")
+        axis.set_xlim(lengths[0] / 2**20, lengths[-1] / 2**20)
+        axis.set_ylim(0, 1.05 * max(limit / GIB, max(map(sum, zip(*values, strict=True)))))
+        handles, labels = axis.get_legend_handles_labels()
+        axis.legend(handles[::-1], labels[::-1], loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
+    figure.suptitle(
+        f"{human_count(shape.total_parameters)} parameters, trained: {plan.trainable}, {plan.machine.num_gpus} GPUs"
+    )
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def _merged(terms: dict[str, int]) -> dict[str, int]:
+    merged: Counter[str] = Counter()
+    for name, size in terms.items():
+        merged[re.sub(r"(, \d+| of \d+) (\w+)", "", name)] += size
+    return merged
+
+
+# ---------------------------------------------------------------------------------------------- the command
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Memory, time and cost of a training run before it starts. Every option of train_continual_2m.py may "
+        "follow too (--config, --trainable, --tokens_per_step, --gpu_memory_gib, --host_memory_gib, --gpu_hour_usd, ...).",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--gpu", help="card to plan for: h100, h200, a100, l20, ... (default: what is found here)")
+    parser.add_argument("--gpus", type=int, help="number of GPUs (default: the Accelerate YAML's num_processes)")
+    parser.add_argument("--machines", type=int, default=1, help="machines that the GPUs are in (default: 1)")
+    parser.add_argument("--suggest", action="store_true", help="what to change to make it fit, cheapest first")
+    parser.add_argument("--budget_usd", type=float, help="the schedule this much money buys (with --gpu_hour_usd)")
+    parser.add_argument("--budget_hours", type=float, help="the schedule this many hours buy")
+    parser.add_argument("--json", action="store_true", help="the plan as JSON, for machines")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw memory by term against sequence length")
+    return parser
+
+
+def main() -> int:
+    arguments, rest = build_parser().parse_known_args()
+    config = load_config(rest)
+    shape = read_shape(config)
+
+    # --- the machine: what is named, else what is here
+    gpu, gpu_memory_gib, note = arguments.gpu, config.gpu_memory_gib, None
+    here = found_gpus() if gpu is None else []
+    if here:
+        gpu, gpu_memory_gib = here[0][0], gpu_memory_gib or here[0][1]
+    elif gpu is None and gpu_memory_gib is None:
+        note = "no GPU is named (--gpu h100) or found here: planned as processes on the CPU"
+    processes = read_yaml(config.accelerate_config).get("num_processes") if config.accelerate_config else None
+    machine = {
+        "num_gpus": arguments.gpus or processes or max(1, len(here)),
+        "num_machines": arguments.machines,
+        "gpu": gpu,
+        "gpu_memory_gib": gpu_memory_gib,
+        "host_memory_gib": config.host_memory_gib,
+    }
+    if machine["num_gpus"] % arguments.machines:
+        raise UserError(f"machines: {machine['num_gpus']} GPUs do not divide into {arguments.machines} equal machines")
+
+    # --- the answer
+    plan = plan_run(config, shape, dataset_tokens=dataset_tokens(config), **machine)
+    print(plan.to_json() if arguments.json else "\n".join(([note] if note else []) + [plan.text()]))
+    if arguments.suggest:
+        print("\n".join(["suggestions:", *(f"  {line}" for line in suggest(config, shape, plan, **machine))]))
+    if arguments.budget_usd is not None and config.gpu_hour_usd is None:
+        raise UserError("budget_usd: needs the price of a GPU hour; add --gpu_hour_usd")
+    if arguments.budget_usd is not None:
+        print(budget_schedule(config, plan, hours=arguments.budget_usd / config.gpu_hour_usd / machine["num_gpus"]))
+    if arguments.budget_hours is not None:
+        print(budget_schedule(config, plan, hours=arguments.budget_hours))
+    if arguments.plot:
+        draw(config, shape, plan, arguments.plot, **machine)
+    return 0
+
+
+def read_shape(config: TrainConfig) -> ModelShape:
+    """Shapes of the model that the config names, without loading it: a JSON, a local folder, or the released model."""
+    local = Path(config.model_name_or_path) / "config.json"
+    if config.model_config or local.is_file():
+        return ModelShape.from_config_dict(read_json(config.model_config or str(local)))
+    if config.model_name_or_path != HUB_MODEL:
+        raise UserError(
+            f"model_name_or_path: {config.model_name_or_path!r} is no local folder with a config.json; only {HUB_MODEL} is "
+            "known here by name"
+        )
+    return KIMI_LINEAR_48B
+
+
+def dataset_tokens(config: TrainConfig) -> int | None:
+    """Tokens of the tokenized data set, where it is there already."""
+    with contextlib.suppress(UserError):
+        return read_json(str(Path(config.data_dir) / "manifest.json")).get("total_tokens")
+    return None
+
+
+if __name__ == "__main__":
+    run_main(main)
