@@ -1,0 +1,627 @@
+"""Text to token shards, and `--verify` of the result.
+
+    python tokenize_dataset.py --dataset_name semran1/megamath-web-pro --split train --text_column text \\
+        --output_dir ./data/tokenized_2m --max_seq_length 2097152
+    python tokenize_dataset.py --output_dir ./data/tokenized_2m --verify
+
+The pipeline:
+  plan      plan.json, written first: the sources by content, the tokenizer by content, the options, and the units of
+            work (a range of one file each). It depends on those alone, never on the number of processes.
+  units     one spawned process per core; each takes units and writes their shards (text_sources -> encoders ->
+            data_loader.ShardWriter). A unit is complete when its own record, unit_00012.json, has been renamed in,
+            after its shards and the folder were fsynced.
+  manifest  manifest.json, written last, from the records. A folder without it is an unfinished run.
+
+Kill it anywhere and start the same command again: only units without a record are done again, and the result is byte for
+byte that of an uninterrupted run. A plan that no longer fits (another option, a source file that changed) is an error
+that says what changed. A second launcher on the folder refuses.
+
+Documents are never cut and each ends in EOS. Rows without text (null, empty, only white space) are dropped and counted;
+lone surrogates and invalid UTF-8 are replaced by U+FFFD and counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import hashlib
+import itertools
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+import encoders
+import process_pool
+from config import HUB_MODEL, UserError, run_main
+from data_loader import (
+    MANIFEST,
+    PLAN,
+    TOKEN_DTYPE,
+    Manifest,
+    ShardInfo,
+    ShardReader,
+    ShardWriter,
+    fsync_folder,
+    read_manifest,
+    write_file_durably,
+)
+from run_log import human_count, human_time, say
+from text_sources import SUFFIXES, Row, Source, Unit, cut_units, find_source, read_unit
+
+PLAN_VERSION = 1
+TEXT_BYTES_PER_TOKEN = 4  # English prose and code; sizes units only
+MIN_UNIT_BYTES = 2 << 20  # below this the fsyncs of a unit are felt
+UNITS_AIMED_AT = 64  # a data set is cut at least this fine, so that the last unit is a small part of the run
+BATCH_CHARS = 1 << 20  # text encoded at once
+BATCH_DOCUMENTS = 1024
+LENGTH_CLASSES = (1 << 10, 1 << 12, 1 << 14, 1 << 16, 1 << 18, 1 << 20)  # borders of the length histogram, tokens
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Turn text into token shards for train_continual_2m.py (Megatron's indexed-dataset format).",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add(
+        "--dataset_name",
+        help=f"a local folder, file or glob of {', '.join(SUFFIXES)} (a .txt file is one document), or a Hub data set",
+    )
+    add("--dataset_config", help="configuration of a Hub data set, or of a folder in the Hub's layout")
+    add(
+        "--split", help="split of a Hub data set or of a folder in its layout; default: train, or all files of a folder"
+    )
+    add("--text_column", default="text", help="the column that holds the text")
+    add("--tokenizer", default=HUB_MODEL, help="Hub name or local folder of the model's tokenizer")
+    add("--trust_remote_code", action="store_true", help="let the tokenizer run the Python code in its folder")
+    add("--output_dir", required=True, help="where the shards go; an unfinished run there is continued")
+    add(
+        "--max_seq_length",
+        type=int,
+        default=2097152,
+        help="recorded, and the length that the summary counts sequences of",
+    )
+    add("--num_workers", type=int, default=process_pool.cores(), help="processes; the result does not depend on it")
+    add(
+        "--shard_tokens",
+        type=int,
+        default=1 << 26,
+        help="most tokens in a shard (a longer document makes a longer one)",
+    )
+    add("--max_tokens", type=int, help="stop before the document that would exceed this many tokens in all")
+    add("--eos_token", help="special token that ends each document; default: the tokenizer's eos_token")
+    add("--verify", action="store_true", help="check the shards in --output_dir against their manifest, and exit")
+    return parser
+
+
+# ---------------------------------------------------------------------------- plan
+
+
+def make_plan(args: argparse.Namespace, source: Source, spec: encoders.TokenizerSpec) -> dict:
+    """Everything that decides the output's bytes, as plain JSON values."""
+    total = sum(unit.text_bytes for unit in cut_units(source, unit_bytes=1 << 62))
+    unit_bytes = min(max(total // UNITS_AIMED_AT, MIN_UNIT_BYTES), args.shard_tokens * TEXT_BYTES_PER_TOKEN)
+    tokenizer = {k: v for k, v in asdict(spec).items() if k not in ("folder", "trust_remote_code")}
+    return {
+        "plan_version": PLAN_VERSION,
+        "tokenizer": tokenizer,
+        "source": source.fingerprint(),
+        "options": {
+            "max_seq_length": args.max_seq_length,
+            "shard_tokens": args.shard_tokens,
+            "max_tokens": args.max_tokens,
+        },
+        "units": [unit.to_json() for unit in cut_units(source, unit_bytes=unit_bytes)],
+    }
+
+
+def plan_bytes(plan: dict) -> bytes:
+    return (json.dumps(plan, indent=1, sort_keys=True) + "\n").encode()
+
+
+def plan_changes(old: dict, new: dict) -> list[str]:
+    """What differs between two plans, one sentence each; the tokenizer's name alone does not matter."""
+    changes = []
+    for section, label in (("options", ""), ("tokenizer", "tokenizer ")):
+        for key in sorted({*old.get(section, {}), *new[section]} - {"name"}):
+            before, now = old.get(section, {}).get(key), new[section].get(key)
+            if before != now:
+                changes.append(f"{label}{key} was {before}, now {now}")
+    old_source, new_source = old.get("source", {}), new["source"]
+    for key in ("text_column", "hub"):
+        if old_source.get(key) != new_source[key]:
+            changes.append(f"{key} was {old_source.get(key)}, now {new_source[key]}")
+    before = {file["name"]: file for file in old_source.get("files", [])}
+    now = {file["name"]: file for file in new_source["files"]}
+    changes += [f"source file {name} is gone" for name in sorted(before.keys() - now.keys())]
+    changes += [f"source file {name} is new" for name in sorted(now.keys() - before.keys())]
+    changes += [f"source file {n} has other content" for n in sorted(before.keys() & now.keys()) if before[n] != now[n]]
+    if not changes and old != new:
+        changes.append("the plan was made by another version of this tool")
+    return changes
+
+
+def adopt_plan(folder: Path, plan: dict) -> dict:
+    """Write the plan if the folder has none, else check that it is the same and return the folder's."""
+    path = folder / PLAN
+    if not path.exists():
+        strange = sorted(p.name for p in folder.iterdir() if not p.name.endswith(".tmp"))
+        if strange:
+            raise UserError(
+                f"output_dir: {folder} holds files of something else ({', '.join(strange[:3])}); give an empty or new folder"
+            )
+        write_file_durably(path, plan_bytes(plan))
+        return plan
+    try:
+        old = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"output_dir: {path} is damaged ({error}); remove {folder} and start again") from None
+    changes = plan_changes(old, plan)
+    if changes:
+        raise UserError(
+            f"output_dir: {folder} was begun with another plan: {'; '.join(changes)}. "
+            "Give the same data and options to continue it, or another --output_dir to start anew"
+        )
+    return old
+
+
+@contextlib.contextmanager
+def only_launcher(folder: Path):
+    """Hold the folder's lock. Raises UserError if another launcher has it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"output_dir: another tokenize_dataset.py is working in {folder}; wait for it or give another folder"
+            ) from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+# ---------------------------------------------------------------------------- one unit
+
+
+@dataclass(frozen=True)
+class TokenizeJob:
+    """Everything a worker needs: tasks are (unit, most documents to keep or None)."""
+
+    folder: str
+    source: Source
+    spec: encoders.TokenizerSpec
+    shard_tokens: int
+    plan_sha256: str
+
+    def start(self) -> encoders.Encoder:
+        return encoders.load_encoder(self.spec)
+
+    def work(self, encoder: encoders.Encoder, task: tuple[Unit, int | None], report) -> dict:
+        unit, max_documents = task
+        return tokenize_unit(self, encoder, unit, report, max_documents=max_documents)
+
+
+def record_path(folder: Path, unit: int) -> Path:
+    return folder / f"unit_{unit:05d}.json"
+
+
+def tokenize_unit(job: TokenizeJob, encoder, unit: Unit, report, *, max_documents: int | None = None) -> dict:
+    """Write a unit's shards and then its record, which is returned. With `max_documents` only so many are kept."""
+    counts = {"rows": 0, "dropped": 0, "replaced": 0, "text_bytes": 0}
+    lengths_seen: list[np.ndarray] = []
+    try:
+        with UnitWriter(Path(job.folder), unit.index, job.shard_tokens) as writer:
+            kept = 0
+            room = lambda: BATCH_DOCUMENTS if max_documents is None else max_documents - kept  # noqa: E731
+            for texts, batch_counts in batches(read_unit(job.source, unit), room):
+                tokens, lengths = encode_documents(encoder, texts, job.spec, f"unit {unit.index}, row {counts['rows']}")
+                batch_counts["dropped"] += len(texts) - len(lengths)
+                kept += len(lengths)
+                writer.add(tokens, lengths)
+                lengths_seen.append(lengths)
+                for key in counts:
+                    counts[key] += batch_counts[key]
+                report(documents=len(lengths), tokens=len(tokens), text_bytes=batch_counts["text_bytes"])
+                if kept == max_documents:
+                    break
+            shards = writer.close()
+        lengths = np.concatenate(lengths_seen) if lengths_seen else np.zeros(0, np.int64)
+        classes = np.searchsorted(LENGTH_CLASSES, lengths, side="right")
+        record = {
+            "unit": unit.index,
+            "plan_sha256": job.plan_sha256,
+            "max_documents": max_documents,
+            "shards": [asdict(shard) for shard in shards],
+            **counts,
+            "documents": len(lengths),
+            "tokens": int(lengths.sum()),
+            "longest": int(lengths.max(initial=0)),
+            "class_documents": np.bincount(classes, minlength=len(LENGTH_CLASSES) + 1).tolist(),
+            "class_tokens": np.bincount(classes, lengths, len(LENGTH_CLASSES) + 1).astype(np.int64).tolist(),
+        }
+        write_file_durably(record_path(Path(job.folder), unit.index), json.dumps(record).encode())
+    except OSError as error:
+        raise UserError(
+            f"output_dir: writing to {job.folder} failed ({error.strerror or error}); finished units are kept: make room or mend "
+            "the disk, then run the same command again"
+        ) from None
+    return record
+
+
+def batches(rows: Iterable[Row], room: Callable[[], int]) -> Iterator[tuple[list[str], dict]]:
+    """Rows with text, some at a time, and what was counted on the way; a batch may be one long document.
+
+    A batch has at most `room()` texts, asked anew for each.
+    """
+    texts: list[str] = []
+    counts = {"rows": 0, "dropped": 0, "replaced": 0, "text_bytes": 0}
+    chars = 0
+    for row in rows:
+        counts["rows"] += 1
+        if row.text is None or not row.text or row.text.isspace():
+            counts["dropped"] += 1
+        else:
+            texts.append(row.text)
+            chars += len(row.text)
+            counts["replaced"] += row.replaced
+            counts["text_bytes"] += len(row.text) if row.text.isascii() else len(row.text.encode())
+        if chars >= BATCH_CHARS or len(texts) >= min(BATCH_DOCUMENTS, room()):
+            yield texts, counts
+            texts, chars, counts = [], 0, dict.fromkeys(counts, 0)
+    if counts["rows"]:
+        yield texts, counts
+
+
+def encode_documents(encoder, texts: list[str], spec, where: str) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens with EOS after each document, tokens of each document with its EOS); texts without a token are left out.
+
+    Raises UserError if an id is not below the vocabulary or a text gives EOS: both would poison training silently.
+    """
+    tokens, lengths = encoder.encode(texts)
+    if len(tokens) and (tokens.max() >= spec.vocab_size or tokens.min() < 0):
+        raise UserError(f"tokenizer: {where}: id {tokens.max()} is not below the vocabulary's {spec.vocab_size}")
+    if (tokens == spec.eos_token_id).any():
+        raise UserError(
+            f"tokenizer: {where} on: a document's text gives {spec.eos_token!r} (id {spec.eos_token_id}), which ends "
+            "documents; name another special token with --eos_token"
+        )
+    lengths = lengths[lengths > 0]
+    return np.insert(tokens, np.cumsum(lengths), spec.eos_token_id).astype(TOKEN_DTYPE, copy=False), lengths + 1
+
+
+class UnitWriter:
+    """Spreads a unit's documents over shards of at most `shard_tokens` tokens: shard_00012, shard_00012_1, ..."""
+
+    def __init__(self, folder: Path, unit: int, shard_tokens: int):
+        self.folder, self.unit, self.shard_tokens = folder, unit, shard_tokens
+        self._done: list[ShardInfo] = []
+        self._open: ShardWriter | None = None
+
+    def add(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
+        ends = np.cumsum(lengths)
+        first = 0
+        while first < len(lengths):
+            begin = int(ends[first] - lengths[first])
+            room = self.shard_tokens - (self._open.tokens if self._open else 0)
+            last = int(np.searchsorted(ends, begin + room, side="right"))  # documents [first, last) fit
+            if last <= first and self._open:
+                self._finish_shard()
+                continue
+            last = max(last, first + 1)  # a document longer than a shard gets one of its own
+            if self._open is None:
+                suffix = f"_{len(self._done)}" if self._done else ""
+                self._open = ShardWriter(self.folder, f"shard_{self.unit:05d}{suffix}")
+            self._open.add(tokens[begin : ends[last - 1]], lengths[first:last])
+            first = last
+
+    def _finish_shard(self) -> None:
+        self._done.append(self._open.close())
+        self._open = None
+
+    def close(self) -> list[ShardInfo]:
+        """All shards of the unit, durable; none if it had no documents."""
+        if self._open:
+            self._finish_shard()
+        return self._done
+
+    def __enter__(self) -> UnitWriter:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if self._open:
+            self._open.abort()
+
+
+# ---------------------------------------------------------------------------- all units
+
+
+class Progress:
+    """One line of progress: redrawn on a terminal, printed now and then elsewhere."""
+
+    def __init__(self, total_bytes: int, done_bytes: int, *, out=sys.stderr):
+        self.total_bytes, self.first_bytes, self.done_bytes = max(1, total_bytes), done_bytes, done_bytes
+        self.documents = self.tokens = 0
+        self._inside: dict[int, int] = {}
+        self._begin = time.monotonic()
+        self._out = out
+        self._is_terminal = out.isatty()
+        self._next = self._begin + (0.2 if self._is_terminal else 10)
+
+    def add(self, unit: Unit, *, documents: int, tokens: int, text_bytes: int) -> None:
+        self.documents, self.tokens = self.documents + documents, self.tokens + tokens
+        self._inside[unit.index] = min(unit.text_bytes, self._inside.get(unit.index, 0) + text_bytes)
+        if time.monotonic() >= self._next:
+            self.draw()
+
+    def finish_unit(self, unit: Unit) -> None:
+        self._inside.pop(unit.index, None)
+        self.done_bytes += unit.text_bytes
+
+    def draw(self, end: str = "") -> None:
+        elapsed = time.monotonic() - self._begin
+        done = self.done_bytes + sum(self._inside.values())
+        now = done - self.first_bytes
+        left = elapsed * (self.total_bytes - done) / now if now else float("inf")
+        line = (
+            f"tokenizing {100 * done / self.total_bytes:5.1f}% | {self.documents:,} documents | {human_count(self.tokens)} "
+            f"tokens | {human_count(self.tokens / max(elapsed, 1e-9))} tokens/s | {human_time(left)} left"
+        )
+        print(
+            f"\r{line:<100}{end}" if self._is_terminal else line, end=end if self._is_terminal else "\n", file=self._out
+        )
+        self._out.flush()
+        self._next = time.monotonic() + (0.2 if self._is_terminal else 10)
+
+
+def finished_records(folder: Path, units: list[Unit], plan_sha256: str) -> dict[int, dict]:
+    """Records of the units that an earlier run of this plan completed and whose shards are there in full size."""
+    records = {}
+    for unit in units:
+        try:
+            record = json.loads(record_path(folder, unit.index).read_bytes())
+            whole = record["plan_sha256"] == plan_sha256 and record["max_documents"] is None
+            for shard in record["shards"]:
+                whole = whole and (folder / f"{shard['name']}.bin").stat().st_size == shard["bin_bytes"]
+                whole = whole and (folder / f"{shard['name']}.idx").stat().st_size == shard["idx_bytes"]
+        except (OSError, ValueError, KeyError):
+            continue
+        if whole:
+            records[unit.index] = record
+    return records
+
+
+def tokenize_units(job: TokenizeJob, units: list[Unit], records: dict[int, dict], args: argparse.Namespace) -> None:
+    """Do every unit that has no record and add its record to `records`; with --max_tokens only as many as are needed."""
+
+    def enough() -> bool:
+        """Whether the units done from the first on without a gap already hold more than --max_tokens."""
+        tokens = 0
+        for unit in units:
+            if unit.index not in records or tokens > args.max_tokens:
+                break
+            tokens += records[unit.index]["tokens"]
+        return tokens > args.max_tokens
+
+    todo = [unit for unit in units if unit.index not in records]
+    done_bytes = sum(unit.text_bytes for unit in units if unit.index in records)
+    progress = Progress(sum(unit.text_bytes for unit in units), done_bytes)
+
+    def tasks():
+        for unit in todo:
+            if args.max_tokens is not None and enough():
+                return
+            yield unit, None
+
+    workers = min(args.num_workers, len(todo))
+    try:
+        for (unit, _), record in process_pool.run(
+            job, tasks(), workers=workers, on_progress=lambda task, counts: progress.add(task[0], **counts)
+        ):
+            records[unit.index] = record
+            progress.finish_unit(unit)
+    except process_pool.WorkerLost as lost:
+        unit = f"unit {lost.task[0].index}" if lost.task else "start-up"
+        raise UserError(
+            f"num_workers: a worker process was ended from outside (exit code {lost.code}) during {unit}, most likely for "
+            "want of memory; run the same command with fewer --num_workers, it goes on where it stopped"
+        ) from None
+    if todo:
+        progress.draw(end="\n")
+
+
+def apply_max_tokens(job: TokenizeJob, units: list[Unit], records: dict[int, dict], max_tokens: int) -> dict[int, dict]:
+    """The records of the first units that hold at most `max_tokens`, the last of them cut after a whole document."""
+    kept: dict[int, dict] = {}
+    left = max_tokens
+    for unit in units:
+        if unit.index not in records:
+            break
+        record = records[unit.index]
+        if record["tokens"] > left:
+            documents = 0
+            for shard in record["shards"]:
+                with ShardReader(job.folder, shard["name"]) as reader:
+                    fitting = int(np.searchsorted(reader.starts[1:], left, side="right"))
+                    documents, left = documents + fitting, left - int(reader.starts[fitting])
+                    if fitting < len(reader.lengths):
+                        break
+            if documents:
+                # tokenized once more, so that its counts are those of what is kept
+                kept[unit.index] = tokenize_unit(job, job.start(), unit, lambda **counts: None, max_documents=documents)
+            break
+        kept[unit.index] = record
+        left -= record["tokens"]
+    return kept
+
+
+# ---------------------------------------------------------------------------- manifest and summary
+
+
+def build_manifest(plan: dict, records: list[dict]) -> Manifest:
+    """The manifest from the records of all units in the plan's order. Raises UserError if no document is left."""
+    total = {
+        key: sum(record[key] for record in records)
+        for key in ("rows", "documents", "dropped", "replaced", "tokens", "text_bytes")
+    }
+    if not total["documents"]:
+        raise UserError(f"dataset_name: no document with text among {total['rows']:,} rows; nothing was written")
+    columns = {key: np.sum([r[key] for r in records], axis=0).tolist() for key in ("class_documents", "class_tokens")}
+    return Manifest(
+        tokenizer_name=plan["tokenizer"]["name"],
+        tokenizer_hash=plan["tokenizer"]["content_hash"],
+        vocab_size=plan["tokenizer"]["vocab_size"],
+        eos_token=plan["tokenizer"]["eos_token"],
+        eos_token_id=plan["tokenizer"]["eos_token_id"],
+        max_seq_length=plan["options"]["max_seq_length"],
+        total_tokens=total["tokens"],
+        documents=total["documents"],
+        shards=tuple(ShardInfo(**shard) for record in records for shard in record["shards"]),
+        statistics={
+            "rows": total["rows"],
+            "dropped": total["dropped"],
+            "replaced": total["replaced"],
+            "text_bytes": total["text_bytes"],
+            "longest": max(record["longest"] for record in records),
+            "length_classes": list(LENGTH_CLASSES),
+            **columns,
+        },
+        source=plan["source"],
+    )
+
+
+def summary(manifest: Manifest) -> str:
+    """The closing text: counts, the length histogram, and full sequences of the lengths that matter."""
+    stats = manifest.statistics
+    lines = [
+        f"tokens     {manifest.total_tokens:,} in {manifest.documents:,} documents and {len(manifest.shards)} shards "
+        f"({stats['text_bytes'] / manifest.total_tokens:.2f} bytes of text per token)",
+        f"dropped    {stats['dropped']:,} of {stats['rows']:,} rows (null, empty or only white space)",
+        f"replaced   {stats['replaced']:,} documents had invalid characters, now U+FFFD",
+        f"longest    {stats['longest']:,} tokens",
+        "length histogram (tokens with EOS)    documents             tokens   share of tokens",
+    ]
+    names = [human_length(border) for border in stats["length_classes"]]
+    labels = [
+        f"under {names[0]}",
+        *(f"{a} to {b}" for a, b in itertools.pairwise(names)),
+        f"{names[-1]} and more",
+    ]
+    for label, documents, tokens in zip(labels, stats["class_documents"], stats["class_tokens"], strict=True):
+        lines.append(f"  {label:<20}{documents:>24,}{tokens:>20,}{100 * tokens / manifest.total_tokens:>16.1f} %")
+    for length in sorted({1 << 20, 1 << 21, manifest.max_seq_length}):
+        lines.append(f"full sequences of {length:,} tokens: {manifest.total_tokens // length:,}")
+    return "\n".join(lines)
+
+
+def human_length(tokens: int) -> str:
+    """1024 -> '1K', 1048576 -> '1M': binary units, as sequence lengths are spoken of."""
+    return f"{tokens >> 20}M" if tokens >= 1 << 20 else f"{tokens >> 10}K"
+
+
+def remove_leftovers(folder: Path, keep: set[str] | None) -> None:
+    """Remove temporary files, and with `keep` also the records and every shard that is not in it."""
+    for path in folder.iterdir():
+        stale_shard = keep is not None and path.name.startswith("shard_") and path.stem not in keep
+        record = keep is not None and path.name.startswith("unit_") and path.suffix == ".json"
+        if path.suffix == ".tmp" or stale_shard or record:
+            path.unlink()
+    fsync_folder(folder)
+
+
+# ---------------------------------------------------------------------------- entry
+
+
+def check_options(args: argparse.Namespace) -> None:
+    problems = [
+        f"{name}: {getattr(args, name)} must be greater than 0"
+        for name in ("max_seq_length", "num_workers", "shard_tokens", "max_tokens")
+        if getattr(args, name) is not None and getattr(args, name) <= 0
+    ]
+    if not args.dataset_name and not args.verify:
+        problems.append("dataset_name: say what to tokenize, or --verify to check what is in --output_dir")
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def tokenize(args: argparse.Namespace) -> Manifest:
+    """Everything from the plan to the manifest. Raises UserError before anything is written where it can."""
+    spec = encoders.find_tokenizer(args.tokenizer, eos_token=args.eos_token, trust_remote_code=args.trust_remote_code)
+    say(f"tokenizer: {spec.name} ({spec.vocab_size:,} ids, documents end in {spec.eos_token!r} = {spec.eos_token_id})")
+    say(f"encoder: {encoders.why(spec)}")
+    source = find_source(
+        args.dataset_name,
+        config=args.dataset_config,
+        split=args.split,
+        text_column=args.text_column,
+        threads=args.num_workers,
+    )
+    plan = make_plan(args, source, spec)
+    folder = Path(args.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with only_launcher(folder):
+            return _tokenize_locked(args, folder, plan, source, spec)
+    except OSError as error:
+        raise UserError(f"output_dir: {folder} cannot be written ({error.strerror or error})") from None
+
+
+def _tokenize_locked(args, folder: Path, plan: dict, source: Source, spec: encoders.TokenizerSpec) -> Manifest:
+    plan = adopt_plan(folder, plan)
+    units = [Unit(**unit) for unit in plan["units"]]
+    if (folder / MANIFEST).exists():
+        manifest, _ = read_manifest(folder)
+        remove_leftovers(folder, {shard.name for shard in manifest.shards})
+        say(f"{folder} is already complete")
+        return manifest
+    remove_leftovers(folder, None)
+    job = TokenizeJob(
+        folder=str(folder),
+        source=source,
+        spec=spec,
+        shard_tokens=plan["options"]["shard_tokens"],
+        plan_sha256=hashlib.sha256(plan_bytes(plan)).hexdigest(),
+    )
+    records = finished_records(folder, units, job.plan_sha256)
+    size = f"{len(source.files):,} files, {human_count(sum(u.text_bytes for u in units))} bytes of text"
+    say(f"source: {size if source.files else source.hub[0]}, {len(units)} units; {args.num_workers} processes")
+    if records:
+        say(f"resuming: {len(records)} of {len(units)} units are already done")
+    tokenize_units(job, units, records, args)
+    if args.max_tokens is not None:
+        records = apply_max_tokens(job, units, records, args.max_tokens)
+    try:
+        manifest = build_manifest(plan, [records[unit.index] for unit in units if unit.index in records])
+    except UserError:  # a data set without a document leaves nothing behind
+        (folder / PLAN).unlink()
+        remove_leftovers(folder, set())
+        raise
+    write_file_durably(folder / MANIFEST, manifest.to_json())
+    remove_leftovers(folder, {shard.name for shard in manifest.shards})
+    return manifest
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    check_options(args)
+    if args.verify:
+        from verify_shards import verify
+
+        return verify(Path(args.output_dir), workers=args.num_workers)
+    begin = time.monotonic()
+    manifest = tokenize(args)
+    say(summary(manifest))
+    say(f"written to {args.output_dir} in {human_time(time.monotonic() - begin)}; check it with --verify")
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)
