@@ -93,6 +93,7 @@ def load_model(config: TrainConfig, model_config, *, device: torch.device):
     `from_pretrained` (which converts the Hub's unfused experts and split convolutions).
     Raises UserError if the checkpoint cannot be found or does not hold every weight.
     """
+    from safetensors import SafetensorError
     from transformers import KimiLinearForCausalLM
 
     check_kernels(device)
@@ -111,12 +112,13 @@ def load_model(config: TrainConfig, model_config, *, device: torch.device):
                 attn_implementation="sdpa",
                 output_loading_info=True,
             )
-        except OSError as error:
+        except (OSError, RuntimeError, SafetensorError) as error:
+            # RuntimeError: transformers could not fuse the experts, since some weights are not there
             raise UserError(
-                f"model_name_or_path: {config.model_name_or_path!r} cannot be loaded "
-                f"({str(error).splitlines()[0]}); give a local folder with safetensors files"
+                f"model_name_or_path: {config.model_name_or_path!r} cannot be loaded ({str(error).splitlines()[0]}); "
+                "give a local folder with every safetensors file of a Kimi-Linear checkpoint"
             ) from None
-        missing = sorted(report["missing_keys"])
+        missing = sorted({*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])})
         if missing:
             raise UserError(
                 f"model_name_or_path: {config.model_name_or_path} lacks {len(missing)} weights, first {missing[0]!r}; "
@@ -340,6 +342,18 @@ def set_trainable(model, trainable: str) -> None:
             parameter.requires_grad_(".mlp.experts." not in name)
         elif trainable == "attention":
             parameter.requires_grad_(".self_attn." in name)
+
+
+def gather_whole_layers(model) -> None:
+    """Tell ZeRO-3 to gather a decoder layer's parameters as one, before its forward and before its backward.
+
+    Gathered module by module, ranks can issue collectives in different orders (experts are hit data-dependently,
+    recomputation stops early) and wait for each other forever.
+    """
+    from deepspeed.utils import set_z3_leaf_modules
+    from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearDecoderLayer
+
+    set_z3_leaf_modules(model, [KimiLinearDecoderLayer])
 
 
 def parameter_groups(model, weight_decay: float) -> list[dict]:
@@ -630,11 +644,9 @@ def _engine_forward(
 
     Labels are shifted inside, -100 is ignored, the mean is over valid tokens (or the sum over `num_items_in_batch`).
     """
-    given = sorted(name for name, value in others.items() if value not in (None, False, True))
-    if given or others.get("use_cache") or others.get("output_router_logits"):
-        raise UserError(
-            f"engine: {', '.join(given) or 'use_cache'} cannot be given to the tiled engine; use --engine reference"
-        )
+    given = sorted(name for name, value in others.items() if value is not None and value is not False)
+    if given and given != ["return_dict"]:
+        raise UserError(f"engine: {', '.join(given)} cannot be given to the tiled engine; use --engine reference")
     if input_ids is None or labels is None:
         raise UserError("engine: the tiled engine computes losses: give input_ids and labels (it never builds logits)")
     if attention_mask is not None and not bool((attention_mask == 1).all()):

@@ -26,6 +26,7 @@ import math
 import os
 import signal
 import time
+import warnings
 from pathlib import Path
 
 import data_loader
@@ -169,8 +170,13 @@ def start_accelerator(config: TrainConfig, deepspeed_json: str):
     if not torch.cuda.is_available():
         # Without this Accelerate has no DeepSpeed-on-CPU path: every process would believe it is rank 0 of 1
         handlers.append(InitProcessGroupKwargs(backend="gloo"))
+    # torch deprecated the collectives that DeepSpeed calls; a line per call and rank would bury the log
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     return Accelerator(
-        deepspeed_plugin=plugin, mixed_precision="bf16" if config.bf16 else "no", kwargs_handlers=handlers
+        deepspeed_plugin=plugin,
+        mixed_precision="bf16" if config.bf16 else "no",
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        kwargs_handlers=handlers,
     )
 
 
@@ -234,7 +240,7 @@ def write_header(log: RunLog, config: TrainConfig, accelerator, model_config, da
         log.line(f"config: every resolved option in {path}")
 
 
-def check_tokenizer(dataset, config: TrainConfig, model_config) -> None:
+def check_tokenizer(dataset, config: TrainConfig, model_config, log: RunLog) -> None:
     """Refuse data whose ids are not this model's: by vocabulary size, and by the tokenizer's content where it is at hand."""
     manifest = dataset.manifest
     if manifest.vocab_size > model_config.vocab_size:
@@ -246,8 +252,12 @@ def check_tokenizer(dataset, config: TrainConfig, model_config) -> None:
         return
     from encoders import tokenizer_hash
 
-    expected = tokenizer_hash(config.model_name_or_path)
-    if expected is not None and expected != manifest.tokenizer_hash:
+    try:
+        expected = tokenizer_hash(config.model_name_or_path)
+    except UserError as error:
+        log.warn(f"the data's tokenizer cannot be compared with the model's: {error}")
+        return
+    if expected != manifest.tokenizer_hash:
         raise UserError(
             f"data_dir: {config.data_dir} was written with tokenizer {manifest.tokenizer_name!r} "
             f"(hash {manifest.tokenizer_hash[:12]}), not with that of {config.model_name_or_path} ({expected[:12]}); "
@@ -312,7 +322,7 @@ def train(config: TrainConfig, deepspeed_json: str, dataset, schedule, shape, pl
     log = RunLog(config.output_dir, rank=rank)
     model_config = kimi_model.read_model_config(config)
     write_header(log, config, accelerator, model_config, dataset)
-    check_tokenizer(dataset, config, model_config)
+    check_tokenizer(dataset, config, model_config, log)
     resume_path = None
     if config.resume_from_checkpoint:
         resume_path = checkpointing.find_checkpoint(config.resume_from_checkpoint, config.output_dir, log=log)
@@ -336,6 +346,7 @@ def train(config: TrainConfig, deepspeed_json: str, dataset, schedule, shape, pl
     fp32_leaves, fp32_buffers = kimi_model.take_fp32(model, checkpoint=source, device=device)
     kimi_model.set_trainable(model, config.trainable)
     install_engine(model, config, plan, dataset, log)
+    kimi_model.gather_whole_layers(model)
     optimizer = make_optimizer(model, config, deepspeed_json, log)
     engine, _ = accelerator.prepare(model, optimizer)
     kimi_model.restore_fp32_buffers(engine.module, fp32_buffers)
@@ -352,6 +363,8 @@ def train(config: TrainConfig, deepspeed_json: str, dataset, schedule, shape, pl
         mode=config.wandb_mode,
         config=dataclasses.asdict(config),
     )
+
+    log.line(f"stop: 'kill -TERM {os.getpid()}' or Ctrl-C ends the run after its micro-step, with a checkpoint")
 
     # --- the loop
     loader = data_loader.WindowLoader(dataset, schedule, seed=config.seed, rank=rank)
@@ -410,7 +423,6 @@ def train(config: TrainConfig, deepspeed_json: str, dataset, schedule, shape, pl
     log.line(f"done: {progress.step} of {config.num_train_steps} steps, {human_count(progress.tokens_seen)} tokens")
     log.close()
     accelerator.end_training()
-    torch.distributed.destroy_process_group()
     return exit_code
 
 

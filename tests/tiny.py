@@ -119,3 +119,34 @@ def write_hub_checkpoint(
         weight_map.update(dict.fromkeys(part, file))
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return tensors
+
+
+def write_tokens(folder: Path, *, documents: int = 120, vocabulary: int = 97, seed: int = 0, tokenizer_hash: str = "x"):
+    """A finished folder of three shards of random token documents, each ending in EOS (id 2)."""
+    import numpy as np
+
+    import data_loader
+
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(seed)
+    shards = []
+    for i in range(3):
+        with data_loader.ShardWriter(folder, f"shard_{i:05d}") as writer:
+            for _ in range(documents // 3):
+                tokens = generator.zipf(1.3, int(generator.integers(5, 400))).clip(3, vocabulary - 1).astype("<i4")
+                tokens[-1] = 2
+                writer.add(tokens, np.array([len(tokens)]))
+            shards.append(writer.close())
+    manifest = data_loader.Manifest(
+        tokenizer_name="random",
+        tokenizer_hash=tokenizer_hash,
+        vocab_size=vocabulary,
+        eos_token="[EOS]",
+        eos_token_id=2,
+        max_seq_length=128,
+        total_tokens=sum(shard.tokens for shard in shards),
+        documents=sum(shard.documents for shard in shards),
+        shards=tuple(shards),
+    )
+    data_loader.write_file_durably(folder / "manifest.json", manifest.to_json())
+    return manifest

@@ -1,0 +1,130 @@
+"""The whole trainer under accelerate launch: equalities that must hold between runs, and what stops a run."""
+
+import json
+import signal
+import subprocess
+import time
+
+import launched
+import pytest
+import tiny
+
+CURRICULUM = "0:64,3:96,6:128"  # stage switches before steps 3 and 6
+STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("train")
+    tiny.write_tokens(path / "tokens")
+    (path / "model.json").write_text(json.dumps(tiny.CONFIG))
+    return path
+
+
+@pytest.fixture
+def options(folder):
+    def build(output: str, *extra: str, curriculum: str = CURRICULUM, accumulation: int = 2):
+        return (
+            *("--data_dir", str(folder / "tokens"), "--output_dir", str(folder / output)),
+            *("--model_config", str(folder / "model.json"), "--deepspeed", launched.DEEPSPEED),
+            *("--curriculum", curriculum, "--num_train_steps", str(STEPS), "--learning_rate", "1e-3"),
+            *("--warmup_steps", "2", "--gradient_accumulation_steps", str(accumulation), "--save_steps", "100"),
+            *("--segment_tokens", "32", "--token_tile", "48", "--heads_per_group", "1", *extra),
+        )
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(folder):
+    """The run that others are compared with: two ranks, bf16, the tiled engine."""
+    output = launched.train(
+        *("--data_dir", str(folder / "tokens"), "--output_dir", str(folder / "whole")),
+        *("--model_config", str(folder / "model.json"), "--deepspeed", launched.DEEPSPEED),
+        *("--curriculum", CURRICULUM, "--num_train_steps", str(STEPS), "--learning_rate", "1e-3"),
+        *("--warmup_steps", "2", "--gradient_accumulation_steps", "2", "--save_steps", "100"),
+        *("--segment_tokens", "32", "--token_tile", "48", "--heads_per_group", "1"),
+        *("--wandb_project", "test", "--wandb_mode", "offline"),
+    )
+    return output, launched.losses(folder / "whole")
+
+
+def test_run_goes_through_every_stage_and_learns(uninterrupted, folder):
+    output, losses = uninterrupted
+    assert len(losses) == STEPS and losses[-1] < losses[0] - 0.1
+    assert "ZeRO stage 3" in output and "2 ranks" in output
+    records = launched.metrics(folder / "whole")
+    assert [records[s]["seq_length"] for s in range(1, STEPS + 1)] == [64] * 3 + [96] * 3 + [128] * 2
+    assert records[STEPS]["tokens_seen"] == 4 * (3 * 64 + 3 * 96 + 2 * 128)
+    assert list((folder / "whole" / "wandb").glob("offline-run-*")), "no offline W&B run was written"
+    assert (folder / "whole" / "latest").read_text().strip() == f"checkpoint-step{STEPS}"
+
+
+def test_stops_before_on_and_after_a_stage_switch_then_equals_the_uninterrupted_run(options, folder, uninterrupted):
+    for stop_after in (2, 3, 4):
+        resume = ("--resume_from_checkpoint", "latest")  # the first run finds none and says so
+        launched.train(*options("chain", *resume, "--stop_after_steps", str(stop_after)))
+    launched.train(*options("chain", "--resume_from_checkpoint", str(folder / "chain" / "checkpoint-step4")))
+    assert launched.losses(folder / "chain") == uninterrupted[1]
+
+
+def test_sigterm_inside_an_accumulation_loses_nothing(options, folder, uninterrupted):
+    with subprocess.Popen(
+        launched.command("train_continual_2m.py", *options("signal"), ranks=2),
+        cwd=launched.ROOT,
+        env=launched.environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as process:
+        worker = None
+        for line in process.stdout:
+            if line.startswith("stop: 'kill -TERM "):
+                worker = int(line.split()[3].rstrip("'"))
+            if line.startswith("step      1/"):
+                break
+        time.sleep(0.05)  # now it is somewhere inside step 2's accumulation
+        subprocess.run(["kill", f"-{signal.SIGTERM}", str(worker)], check=True)
+        rest = process.stdout.read()
+    assert process.returncode == 0, rest
+    assert "stopped by SIGTERM" in rest and "saved" in rest
+    assert len(launched.metrics(folder / "signal")) < STEPS
+    launched.train(*options("signal", "--resume_from_checkpoint", "latest"))
+    assert launched.losses(folder / "signal") == uninterrupted[1]
+
+
+def test_one_rank_equals_two_and_accumulation_equals_batch(options, folder):
+    """fp32, so that only the order of sums differs: the same four sequences a step in three arrangements."""
+    shapes = {"1x4": (1, 4, 1), "2x2": (2, 2, 1), "2x1": (2, 1, 2)}  # ranks, accumulation, batch
+    found = {}
+    for name, (ranks, accumulation, batch) in shapes.items():
+        extra = ("--no-bf16", "--per_device_train_batch_size", str(batch), "--stop_after_steps", "5")
+        launched.train(*options(name, *extra, accumulation=accumulation), ranks=ranks)
+        found[name] = launched.losses(folder / name)
+    assert found["2x2"] == pytest.approx(found["1x4"], rel=2e-6)
+    assert found["2x1"] == pytest.approx(found["1x4"], rel=2e-6)
+
+
+def test_reference_engine_gives_the_same_losses(options, folder):
+    extra = ("--no-bf16", "--stop_after_steps", "4")
+    launched.train(*options("tiled32", *extra))
+    launched.train(*options("reference32", *extra, "--engine", "reference"))
+    assert launched.losses(folder / "reference32") == pytest.approx(launched.losses(folder / "tiled32"), rel=2e-6)
+
+
+def test_tokens_per_step_changes_the_accumulation_with_the_stage(options, folder):
+    extra = ("--tokens_per_step", "384", "--stop_after_steps", "7")
+    launched.train(*options("held", *extra))
+    sequences = [record["sequences"] for _, record in sorted(launched.metrics(folder / "held").items())]
+    assert sequences == [6, 6, 6, 4, 4, 4, 4]  # 384 tokens: 6 x 64, 4 x 96; at 128 two micro-steps of two ranks
+
+
+def test_nonfinite_gradients_skip_the_step_on_all_ranks_and_end_the_run(options, folder):
+    done = launched.launch("tests/nan_worker.py", *options("nan"))
+    assert done.returncode != 0
+    records = launched.metrics(folder / "nan")
+    skipped = [step for step, record in sorted(records.items()) if record["skipped"]]
+    assert skipped == [2, 4, 5, 6, 7, 8], done.stderr[-3000:]
+    assert "5 steps in a row" in done.stdout and "exitcode  : 3" in done.stderr
+    assert (folder / "nan" / "latest").read_text().strip() == "checkpoint-step8"
+    assert records[3]["loss"] is not None and records[2]["loss"] is None
