@@ -171,15 +171,15 @@ def zero_memory(
     if on_host:
         for elements in trained:
             pool.free(w * elements)
-    sub_groups = [n for group in groups for n in _sub_groups([part[p.name] for p in group], zero.sub_group_size)]
+    stepped = [n for group in groups for n in sub_groups([part[p.name] for p in group], zero.sub_group_size)]
     states = zero.states_device
-    hold(states, False, "master weights", [zero.master_bytes * n for n in sub_groups])
-    hold(states, zero.pin_states, "gradients for Adam", [zero.master_bytes * n for n in sub_groups])
+    hold(states, False, "master weights", [zero.master_bytes * n for n in stepped])
+    hold(states, zero.pin_states, "gradients for Adam", [zero.master_bytes * n for n in stepped])
     accumulator = states if states != "nvme" else "cpu"
     hold(accumulator, zero.pin_states, "gradient accumulation", [zero.accumulation_bytes * sum(trained)])
-    hold(states, False, "Adam moments", [2 * zero.moment_bytes * n for n in sub_groups])
+    hold(states, False, "Adam moments", [2 * zero.moment_bytes * n for n in stepped])
     if states == "nvme":  # buffer_count, 4 by default, sub-groups at a time pass through host memory
-        hold("cpu", True, "NVMe swap buffers", [4 * zero.master_bytes * max(sub_groups, default=0)])
+        hold("cpu", True, "NVMe swap buffers", [4 * zero.master_bytes * max(stepped, default=0)])
 
     memory.add("gpu", "ZeRO reduce bucket", w * zero.reduce_bucket_size)
     small = sum(p.numel for p in owned if p.numel <= zero.persistence_threshold)
@@ -189,7 +189,7 @@ def zero_memory(
     return memory
 
 
-def _sub_groups(partitions: list[int], limit: int) -> list[int]:
+def sub_groups(partitions: list[int], limit: int) -> list[int]:
     """Elements per ZeRO sub-group: parameters are added until the limit is reached or passed."""
     if not partitions:
         return []
@@ -437,10 +437,10 @@ def plan_run(
         pinned_round_limit=pinned_round_limit(environ),
         num_machines=num_machines,
     )
-    ends = [stage.start_step for stage in config.stages[1:]] + [config.num_train_steps]
+    last = min(config.num_train_steps, config.stop_after_steps or config.num_train_steps)
+    ends = [stage.start_step for stage in config.stages[1:]] + [last]
     lengths = [
-        (stage.seq_length, min(end, config.num_train_steps) - stage.start_step)
-        for stage, end in zip(config.stages, ends, strict=True)
+        (stage.seq_length, min(end, last) - stage.start_step) for stage, end in zip(config.stages, ends, strict=True)
     ]
     lengths = [(length, steps) for length, steps in lengths if steps > 0]
     engine = choose_engine(config, shape, zero, machine, max(length for length, _ in lengths))

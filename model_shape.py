@@ -79,7 +79,6 @@ class ModelShape:
     num_experts: int = 256
     experts_per_token: int = 8
     num_shared_experts: int = 1
-    tie_word_embeddings: bool = False
     mla_layers: tuple[int, ...] = (4, 8, 12, 16, 20, 24)
     dense_layers: tuple[int, ...] = (0,)
     num_layers: int = 27
@@ -107,7 +106,7 @@ class ModelShape:
             raise KeyError(f"full_attn_layers names layer {max(mla) + 1} of a model with {layers} layers")
         same_name = (
             "vocab_size hidden_size intermediate_size moe_intermediate_size num_attention_heads qk_nope_head_dim "
-            "qk_rope_head_dim v_head_dim kv_lora_rank q_lora_rank attention_bias tie_word_embeddings"
+            "qk_rope_head_dim v_head_dim kv_lora_rank q_lora_rank attention_bias"
         )
         return cls(
             **{name: first(name, default=getattr(cls, name)) for name in same_name.split()},
@@ -153,8 +152,8 @@ class ModelShape:
             rows += [(f"{name}.weight", (self.hidden_size,), "norms") for name in _LAYER_NORMS]
             found += [Parameter(f"model.layers.{layer}.{name}", shape, group, layer) for name, shape, group in rows]
         found.append(Parameter("model.norm.weight", (self.hidden_size,), "norms"))
-        if not self.tie_word_embeddings:
-            found.append(Parameter("lm_head.weight", (self.vocab_size, self.hidden_size), "head"))
+        # transformers' class ties nothing, whatever tie_word_embeddings says
+        found.append(Parameter("lm_head.weight", (self.vocab_size, self.hidden_size), "head"))
         return tuple(found)
 
     def _kda_parameters(self) -> list[tuple[str, tuple[int, ...]]]:
@@ -255,8 +254,6 @@ def forward_flops(shape: ModelShape, seq_length: int) -> dict[str, float]:
     for p in shape.parameters:
         if len(p.shape) > 1 and not p.own_fp32:
             weights[p.group] += p.numel
-    if shape.tie_word_embeddings:
-        weights["head"] = weights["embedding"]
     weights["routed_experts"] = weights["routed_experts"] * shape.experts_per_token // max(1, shape.num_experts)
     heads, k, v = shape.num_attention_heads, shape.qk_head_dim, shape.v_head_dim
     kda_state = shape.linear_num_heads * shape.linear_head_dim**2

@@ -1,0 +1,667 @@
+"""The planner against the things it predicts: transformers' parameters, DeepSpeed's own buffers, the engine's own list,
+and terms worked out by hand (the arithmetic stands in the test)."""
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import CONFIG as TINY
+
+import engine_plan
+import memory_utils
+from config import TrainConfig, UserError, cross_check, load_config, read_json, read_yaml
+from hardware import RATES, attention_rates, find_gpu
+from memory_utils import KIMI_LINEAR_48B, PinnedPool, ZeroSettings, plan_run, suggest, zero_memory
+from model_shape import ModelShape, forward_flops, model_flops_per_step
+from phase_profiler import PhaseProfiler
+
+ROOT = Path(__file__).resolve().parent.parent
+GIB = 2**30
+T = 2097152
+# what the released checkpoint's config.json says, as far as sizes go
+HUB = {
+    "model_type": "kimi_linear",
+    "vocab_size": 163840,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "moe_intermediate_size": 1024,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "kv_lora_rank": 512,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "num_experts": 256,
+    "num_experts_per_token": 8,
+    "num_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "tie_word_embeddings": False,
+    "linear_attn_config": {
+        "full_attn_layers": [4, 8, 12, 16, 20, 24, 27],
+        "kda_layers": [1, 2, 3, 5, 6, 7, 9, 10, 11, 13, 14, 15, 17, 18, 19, 21, 22, 23, 25, 26],
+        "head_dim": 128,
+        "num_heads": 32,
+        "short_conv_kernel_size": 4,
+    },
+}
+SETS = {
+    "config_h100_2x.yaml": ("h100", 2048),
+    "config_h100_2x_480gib.yaml": ("h100", 480),
+    "config_l20_4x40gb.yaml": ("l20", 2560),
+    "config_l20_4x40gb_512gib.yaml": ("l20", 512),
+}
+
+
+@pytest.fixture(autouse=True)
+def _at_root(monkeypatch):
+    """The shipped configs name each other relative to the repository's root."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+
+
+def planned(name: str, **changes):
+    config = dataclasses.replace(load_config(["--config", name]), **changes)
+    gpu, host = SETS[name]
+    processes = read_yaml(config.accelerate_config)["num_processes"]
+    machine = {"num_gpus": processes, "gpu": gpu, "gpu_memory_gib": config.gpu_memory_gib, "host_memory_gib": host}
+    return config, machine, plan_run(config, KIMI_LINEAR_48B, **machine)
+
+
+# ---------------------------------------------------------------------------------------------- the model's numbers
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        HUB,
+        TINY,
+        {**TINY, "q_lora_rank": 12, "attention_bias": True, "num_shared_experts": 2, "first_k_dense_replace": 2},
+        {**TINY, "tie_word_embeddings": True},
+    ],
+    ids=["released", "tiny", "query-latent", "tied"],
+)
+@pytest.mark.parametrize("layout", ["hub", "transformers"])
+def test_every_parameter_is_that_of_transformers(values, layout):
+    from transformers import KimiLinearConfig, KimiLinearForCausalLM
+
+    config = KimiLinearConfig(**{k: v for k, v in values.items() if k not in ("model_type", "architectures")})
+    with torch.device("meta"):
+        model = KimiLinearForCausalLM(config)
+    model.tie_weights()
+    shape = ModelShape.from_config_dict(values if layout == "hub" else config.to_dict())
+    theirs = [(name, tuple(p.shape)) for name, p in model.named_parameters()]
+    assert [(p.name, p.shape) for p in shape.parameters] == theirs
+
+
+def test_released_model_by_hand():
+    counts = KIMI_LINEAR_48B.parameter_counts
+    assert ModelShape.from_config_dict(HUB) == KIMI_LINEAR_48B
+    assert counts["embedding"] == counts["head"] == 163840 * 2304
+    assert counts["routed_experts"] == 26 * 256 * 3 * 2304 * 1024 == 47_110_422_528
+    # q, kv down, its norm, kv up, o
+    assert counts["mla"] == 7 * (2304 * 32 * 192 + 2304 * 576 + 512 + 512 * 32 * 256 + 32 * 128 * 2304)
+    # q k v o; convolution; dt_bias, A_log; forget and output gate through 128; beta; output norm
+    kda = 4 * 2304 * 4096 + 3 * 4096 * 4 + 4096 + 32 + 2 * (2304 * 128 + 128 * 4096) + 2304 * 32 + 128
+    assert counts["kda"] == 20 * kda
+    assert counts["norms"] == (2 * 27 + 1) * 2304
+    assert KIMI_LINEAR_48B.total_parameters == sum(counts.values())
+    assert KIMI_LINEAR_48B.trained_parameters("no_experts") == KIMI_LINEAR_48B.total_parameters - 47_110_422_528
+    assert KIMI_LINEAR_48B.trained_parameters("attention") == counts["kda"] + counts["mla"]
+
+
+def test_trainable_is_the_rule_of_the_trainer():
+    from transformers import KimiLinearConfig, KimiLinearForCausalLM
+
+    from kimi_model import set_trainable
+
+    config = KimiLinearConfig(**{k: v for k, v in TINY.items() if k not in ("model_type", "architectures")})
+    for trainable in ("all", "no_experts", "attention"):
+        with torch.device("meta"):
+            model = KimiLinearForCausalLM(config)
+        set_trainable(model, trainable)
+        theirs = {name for name, p in model.named_parameters() if p.requires_grad}
+        shape = ModelShape.from_config_dict(TINY)
+        assert {p.name for p in shape.parameters if p.trained(trainable)} == theirs
+
+
+def test_flops_by_hand():
+    forward = forward_flops(KIMI_LINEAR_48B, T)
+    assert forward["attention"] / 7 == T**2 * 32 * 320 == pytest.approx(4.5e16, rel=1e-3)
+    assert forward["head"] == 2 * T * 163840 * 2304
+    assert forward["routed_experts"] == 2 * T * 26 * 8 * 3 * 2304 * 1024
+    assert forward["router"] == 2 * T * 26 * 256 * 2304
+    assert forward["kda_recurrence"] == T * 20 * 32 * 6 * 128 * 128
+    # everything but attention together: about 1.3e16, as DESIGN.md says
+    assert sum(forward.values()) - forward["attention"] == pytest.approx(1.3e16, rel=0.02)
+    both = model_flops_per_step(KIMI_LINEAR_48B, T, 4)
+    assert both == {term: 4 * 3 * value for term, value in forward.items()}
+    frozen = model_flops_per_step(KIMI_LINEAR_48B, T, 1, trainable="no_experts")
+    assert frozen["routed_experts"] == 2 * forward["routed_experts"]
+    assert frozen["attention"] == 3 * forward["attention"] and frozen["head"] == 3 * forward["head"]
+
+
+# ---------------------------------------------------------------------------------------------- cards
+
+
+@pytest.mark.parametrize(
+    ("name", "entry"),
+    [
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H100 PCIe", "H100 PCIE"),
+        ("h200", "H200"),
+        ("NVIDIA L20", "L20"),
+        ("NVIDIA L40S", "L40S"),
+        ("NVIDIA A100-SXM4-80GB", "A100 80GB"),
+        ("NVIDIA A100-PCIE-40GB", "A100"),
+    ],
+)
+def test_cards_are_found_by_the_drivers_names(name, entry):
+    assert find_gpu(name).name == entry
+
+
+def test_an_unknown_card_has_no_figures():
+    assert memory_utils.peak_flops("NVIDIA GeForce RTX 9999") is None
+    assert memory_utils.peak_flops("NVIDIA H100 80GB HBM3") == 989.4e12
+    config = load_config(["--config", "config_h100_2x.yaml"])
+    with pytest.raises(UserError, match=r"'rtx9999' is in no table here; give its memory with --gpu_memory_gib"):
+        plan_run(config, KIMI_LINEAR_48B, num_gpus=2, gpu="rtx9999", gpu_memory_gib=None, host_memory_gib=2048)
+    plan = plan_run(config, KIMI_LINEAR_48B, num_gpus=2, gpu="rtx9999", gpu_memory_gib=80, host_memory_gib=2048)
+    assert plan.fits and plan.total_seconds is None and plan.cost_usd is None
+    assert all(stage.seconds is None and stage.mfu is None for stage in plan.stages)
+    assert "n/a (no figures for this card)" in plan.text()
+    assert json.loads(plan.to_json())["total_seconds"] is None
+
+
+def test_a_card_without_measured_kernels_gets_a_bound_and_no_time():
+    plan = planned("config_l20_4x40gb.yaml")[2]
+    assert plan.total_seconds is None
+    assert "n/a (no kernel was measured on this card); its datasheet's peak alone would take" in plan.text()
+
+
+def test_attention_rates_between_measured_lengths():
+    rates = RATES["GH100"]
+    assert attention_rates(rates, "auto", 131072) == (820e12, 500e12)
+    assert attention_rates(rates, "auto", 4096) == (820e12, 500e12)
+    assert attention_rates(rates, "auto", 2097152) == (718e12, 486e12)
+    # 262,144 is half-way from 131,072 to 524,288 in powers of two
+    assert attention_rates(rates, "auto", 262144) == pytest.approx(((820e12 + 725e12) / 2, (500e12 + 495e12) / 2))
+
+
+def test_step_time_is_that_of_the_design():
+    """DESIGN.md: one 2M sequence costs about 2,200 s on one H100, 950 tokens/s; 100 B tokens about 1.7 years on two."""
+    zero = ZeroSettings.from_json(read_json("deepspeed_config_h100.json"), bf16=True)
+    seconds = memory_utils.step_seconds(
+        KIMI_LINEAR_48B,
+        zero,
+        find_gpu("h100"),
+        tokens=T,
+        micro_steps=1,
+        batch=1,
+        ranks=2,
+        trainable="all",
+        backend="auto",
+        keep_attention=True,
+    )
+    assert seconds["attention forward"] == pytest.approx(7 * 4.5036e16 / 718e12, rel=1e-4)
+    assert seconds["attention backward"] == pytest.approx(7 * 2.5 * 4.5036e16 / 486e12, rel=1e-4)
+    assert seconds["KDA recurrence"] == pytest.approx(20 * (0.39 + 1.57))
+    assert sum(seconds.values()) == pytest.approx(2200, rel=0.06)
+    years = 100e9 / (2 * T / sum(seconds.values())) / (365 * 86400)
+    assert years == pytest.approx(1.7, abs=0.15)
+
+
+# ---------------------------------------------------------------------------------------------- ZeRO-3's memory
+
+
+def test_zero_terms_by_hand():
+    """All 49.1 B parameters in the shipped JSON's precisions, two ranks: bytes per parameter 2, 4, 4, 4 and 8."""
+    zero = ZeroSettings.from_json(read_json("deepspeed_config_h100.json"), bf16=True)
+    memory = zero_memory(KIMI_LINEAR_48B, zero, trainable="all", ranks=2, local_ranks=2, pool=PinnedPool(2**26))
+    # dt_bias (4096) and A_log (32) of 20 layers are the trainer's own; every other size is even
+    owned = KIMI_LINEAR_48B.total_parameters - 20 * (4096 + 32)
+    assert memory.pinned == {
+        "weights, trained": 2 * owned,
+        "gradients for Adam": 4 * owned,
+        "gradient accumulation": 4 * owned,
+    }
+    assert memory.pageable == {"master weights": 4 * owned, "Adam moments": 8 * owned}
+    assert memory.gpu["fp32 decay parameters"] == 16 * 20 * (4096 + 32)
+    assert memory.gpu["ZeRO reduce bucket"] == 2 * 200_000_000
+
+    frozen = zero_memory(KIMI_LINEAR_48B, zero, trainable="no_experts", ranks=2, local_ranks=2, pool=PinnedPool(2**26))
+    experts = 26 * 256 * 3 * 2304 * 1024
+    assert frozen.pinned["weights, frozen"] == 2 * experts
+    assert frozen.pageable["Adam moments"] == 8 * (owned - experts)
+
+    low = ZeroSettings.from_json(
+        {
+            **read_json("deepspeed_config_h100.json"),
+            "bf16": {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True},
+            "data_types": {"grad_accum_dtype": "bf16"},
+        },
+        bf16=True,
+    )
+    memory = zero_memory(KIMI_LINEAR_48B, low, trainable="all", ranks=2, local_ranks=1, pool=PinnedPool(2**26))
+    assert memory.pageable == {"master weights": owned, "Adam moments": 2 * owned}  # one of two machines
+    assert memory.pinned["gradient accumulation"] == owned
+
+
+def test_partitions_are_rounded_up():
+    """Three ranks, sizes that 3 does not divide: ceil(numel / 3) elements each."""
+    shape = ModelShape.from_config_dict(TINY)
+    memory = zero_memory(shape, ZeroSettings(), trainable="all", ranks=3, local_ranks=3, pool=None)
+    elements = sum(-(-p.numel // 3) for p in shape.parameters if not p.name.endswith(("A_log", "dt_bias")))
+    assert memory.pageable["master weights"] == 3 * 4 * elements
+    assert elements * 3 > shape.total_parameters - 2 * (32 + 2)
+
+
+def test_pinned_pool_rounds_to_powers_of_two_and_keeps_blocks():
+    pool = PinnedPool()
+    pool.allocate(5 * GIB)  # 8
+    assert (pool.owned, pool.asked) == (8 * GIB, 5 * GIB)
+    pool.free(5 * GIB)
+    assert (pool.owned, pool.asked) == (8 * GIB, 0)
+    pool.allocate(7 * GIB)  # the kept block
+    pool.allocate(3 * GIB)  # 4 more
+    assert (pool.owned, pool.asked) == (12 * GIB, 10 * GIB)
+    exact = PinnedPool(round_limit=2**26)
+    exact.allocate(5 * GIB)
+    exact.allocate(3 * 2**20)  # below the limit: 4 MiB
+    assert exact.owned == 5 * GIB + 4 * 2**20
+    exact.free(5 * GIB)
+    assert exact.owned == 4 * 2**20
+
+
+def test_the_allocators_settings_decide_the_rounding():
+    config = load_config(["--config", "config_h100_2x.yaml"])
+    machine = {"num_gpus": 2, "gpu": "h100", "gpu_memory_gib": None, "host_memory_gib": 2048}
+    lost = {}
+    for name, environ in (("default", {}), ("torch's own", {"PYTORCH_ALLOC_CONF": "expandable_segments:True"})):
+        stage = plan_run(config, KIMI_LINEAR_48B, environ=environ, **machine).stages[-1]
+        lost[name] = stage.memory.pinned["pinned blocks: rounding, cache"]
+    assert lost["default"] < 8 * GIB and lost["torch's own"] > 300 * GIB
+
+
+WORKER = """
+import json, sys, torch, deepspeed
+from transformers import KimiLinearConfig, KimiLinearForCausalLM
+values, ds = json.loads(sys.argv[1]), json.loads(sys.argv[2])
+sys.path.insert(0, sys.argv[3])
+from kimi_model import parameter_groups, set_trainable
+deepspeed.init_distributed("gloo")
+config = KimiLinearConfig(**values)
+model = KimiLinearForCausalLM(config).to(torch.bfloat16)
+for module in model.modules():
+    for name in ("A_log", "dt_bias"):
+        module._parameters.pop(name, None)
+set_trainable(model, sys.argv[4])
+optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(parameter_groups(model, 0.1))
+engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds)
+z = engine.optimizer
+size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)
+print("RESULT", json.dumps({
+    "weights, trained": size(z.param_groups_fp16_flat_cpu_memory),
+    "weights, frozen": size(p.ds_tensor for p in model.parameters() if not p.requires_grad),
+    "master weights": size(z.fp32_partitioned_groups_flat),
+    "gradients for Adam": size(t.grad for t in z.fp32_partitioned_groups_flat),
+    "gradient accumulation": size([z.grad_partitions_flat_buffer]),
+    "sub-groups": [t.numel() for t in z.fp32_partitioned_groups_flat],
+    "bucket": size(b.buffer for b in z.ipg_buckets.values()),
+}))
+"""
+
+
+def test_zero_terms_are_those_of_deepspeed(tmp_path):
+    """DeepSpeed's own buffers on two ranks, to the byte."""
+    values = {k: v for k, v in TINY.items() if k not in ("model_type", "architectures")}
+    ds = read_json("demo/deepspeed.json")
+    ds |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "gradient_clipping": 1.0}
+    ds["bf16"] = {"enabled": True}
+    ds["zero_optimization"] |= {"sub_group_size": 5000, "reduce_bucket_size": 3000}
+    environ = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+    environ["MASTER_PORT"] = str(_free_port())
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, json.dumps(values), json.dumps(ds), str(ROOT), "no_experts"],
+            env={**environ, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=tmp_path,
+        )
+        for rank in (0, 1)
+    ]
+    outputs = [rank.communicate(timeout=300)[0] for rank in ranks]
+    found = [json.loads(re.search(r"RESULT (.*)", out)[1]) if "RESULT" in out else pytest.fail(out) for out in outputs]
+
+    zero = ZeroSettings.from_json(ds, bf16=True)
+    shape = ModelShape.from_config_dict(TINY)
+    memory = zero_memory(shape, zero, trainable="no_experts", ranks=2, local_ranks=2, pool=None)
+    for term, size in memory.pageable.items():
+        if term != "Adam moments":  # made at the first step
+            assert size == found[0][term] + found[1][term], term
+    assert memory.pageable["Adam moments"] == 2 * memory.pageable["master weights"]
+    assert memory.gpu["ZeRO reduce bucket"] == found[0]["bucket"]
+    trained = [p for p in shape.parameters if p.trained("no_experts") and not p.own_fp32]
+    halves = [[-(-p.numel // 2) for p in trained if (len(p.shape) > 1) == matrices] for matrices in (True, False)]
+    assert found[0]["sub-groups"] == [n for group in halves for n in memory_utils.sub_groups(group, 5000)]
+    assert len(found[0]["sub-groups"]) > 2
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+# ---------------------------------------------------------------------------------------------- the engine's memory
+
+
+def test_engine_terms_are_the_engines_own():
+    config, _, plan = planned("config_h100_2x.yaml")
+    zero = memory_utils.read_zero(config)
+    shape = memory_utils.engine_shape(KIMI_LINEAR_48B)
+    for stage in plan.stages:
+        step = memory_utils.engine_step(config, KIMI_LINEAR_48B, zero, plan.machine, plan.engine, stage.seq_length)
+        buffers = engine_plan.engine_buffers(shape, stage.seq_length, step)
+        names = {b.name for b in buffers}
+        ours = sum(size for term, size in stage.memory.gpu.items() if term in names)
+        assert ours == engine_plan.peak_bytes(buffers, "gpu")
+        ours = sum(size for term, size in stage.memory.pinned.items() if term in names)
+        assert ours == 2 * engine_plan.peak_bytes(buffers, "host")  # two ranks
+
+
+def test_boundaries_by_hand():
+    """One residual stream of 2M tokens is T x 2304 x 2 bytes = 9 GiB; 27 layers have 28 boundaries, on each of two ranks."""
+    stage = planned("config_h100_2x.yaml")[2].stages[-1]
+    boundaries = next(size for term, size in stage.memory.pinned.items() if term.startswith("hidden states"))
+    assert boundaries == 2 * 28 * T * 2304 * 2 == 2 * 28 * 9 * GIB
+    outputs = next(size for term, size in stage.memory.pinned.items() if term.startswith("attention outputs"))
+    assert outputs >= 2 * 7 * T * 32 * 128 * 2
+
+
+def test_engine_shape_is_the_one_the_model_gives():
+    from transformers import KimiLinearConfig, KimiLinearForCausalLM
+
+    import kimi_model
+
+    config = KimiLinearConfig(**{k: v for k, v in TINY.items() if k not in ("model_type", "architectures")})
+    with torch.device("meta"):
+        model = KimiLinearForCausalLM(config)
+    ours = memory_utils.engine_shape(ModelShape.from_config_dict(TINY))
+    assert kimi_model._model_parts(model).shape == ours
+
+
+# ---------------------------------------------------------------------------------------------- whole plans
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_shipped_sets_are_consistent_and_fit(name):
+    config, _, plan = planned(name)
+    assert cross_check(config, world_size=None, environ={}) == []
+    assert plan.fits, plan.verdict
+    assert plan.warnings == ()
+    assert plan.stages[-1].seq_length == T
+    assert 100e9 <= plan.total_tokens <= 150e9
+
+
+@pytest.mark.parametrize("name", ["config_h100_2x.yaml", "config_l20_4x40gb.yaml"])
+def test_the_requirement_in_the_comment_is_the_planned_one(name):
+    need = int(re.search(r"needs ([\d,]+) GiB of host memory", (ROOT / name).read_text())[1].replace(",", ""))
+    config, machine, _ = planned(name)
+    fits = lambda gib: plan_run(config, KIMI_LINEAR_48B, **{**machine, "host_memory_gib": gib}).fits  # noqa: E731
+    assert fits(need) and not fits(need - 25)
+
+
+def test_all_parameters_do_not_fit_a_common_machine_and_what_does():
+    config, machine, _ = planned("config_h100_2x.yaml")
+    machine["host_memory_gib"] = 480
+    plan = plan_run(config, KIMI_LINEAR_48B, **machine)
+    assert not plan.fits
+    assert plan.verdict.startswith("does not fit: host memory is short at 2,097,152 tokens: GPU ")
+    assert "of 465.6 GiB (largest: hidden states, 28 boundaries, 504.0)" in plan.verdict
+    lines = suggest(config, KIMI_LINEAR_48B, plan, **machine)
+    text = "\n".join(lines)
+    order = [
+        "grad_accum_dtype",
+        "--trainable no_experts",
+        "bf16_optimizer_states",
+        "nvme",
+        "--num_processes 1",
+        "second",
+    ]
+    places = [next(i for i, line in enumerate(lines) if word in line) for word in order]
+    assert places == sorted(places)
+    assert re.search(r"--trainable no_experts \(routed experts frozen\): host [\d,]+ -> [\d,]+ GiB", text)
+    enough = next(line for line in lines if line.startswith("enough together"))
+    assert enough.startswith("enough together: --trainable no_experts; --num_processes 1: fits")
+    assert "as it stands the run fits at no length" in text
+    assert re.search(r"as it stands the run needs [\d,]+ GiB of host memory a machine", text)
+
+
+def test_each_suggestion_says_what_it_frees():
+    """No experts trained: 20 bytes of state per routed expert's weight are gone (4 + 4 + 4 + 8)."""
+    config, machine, plan = planned("config_h100_2x.yaml")
+    frozen = plan_run(dataclasses.replace(config, trainable="no_experts"), KIMI_LINEAR_48B, **machine)
+    saved = plan.stages[-1].host_bytes - frozen.stages[-1].host_bytes
+    assert saved == pytest.approx(20 * 26 * 256 * 3 * 2304 * 1024, rel=1e-2)
+
+
+def test_longest_length_that_fits():
+    config, machine, _ = planned("config_h100_2x.yaml", trainable="no_experts")
+    machine["host_memory_gib"] = 480
+    longest = memory_utils.longest_that_fits(config, KIMI_LINEAR_48B, **machine)
+    fits = lambda n: plan_run(dataclasses.replace(config, curriculum=f"0:{n}"), KIMI_LINEAR_48B, **machine).fits  # noqa: E731
+    assert 1048576 <= longest < T and longest % 65536 == 0
+    assert fits(longest) and not fits(longest + 65536)
+
+
+def test_fixed_tiles_too_large_are_named():
+    config, machine, plan = planned("config_l20_4x40gb.yaml", heads_per_group=32, segment_tokens=262144)
+    assert not plan.fits and "GPU memory is short" in plan.verdict
+    lines = suggest(config, KIMI_LINEAR_48B, plan, **machine)
+    assert lines[0].startswith("leave segment_tokens, heads_per_group to the planner: ") and lines[0].endswith(", fits")
+
+
+def test_attention_is_recomputed_only_where_the_host_is_short():
+    config, machine, plan = planned("config_h100_2x.yaml")
+    assert plan.engine.attention_outputs == "keep"
+    short = plan_run(config, KIMI_LINEAR_48B, **{**machine, "host_memory_gib": 1650})
+    assert short.fits and short.engine.attention_outputs == "recompute"
+    extra = short.stages[-1].seconds["attention forward"] / plan.stages[-1].seconds["attention forward"]
+    assert extra == pytest.approx(2)
+
+
+def test_the_contract_command_lines_tokens_are_questioned():
+    """2 GPUs x 256 x 2M x 30,000 steps: 32 T tokens (the shorter stages a little less) where 126 B are meant."""
+    config = dataclasses.replace(load_config(["--config", "config_h100_2x.yaml"]), tokens_per_step=None)
+    machine = {"num_gpus": 2, "gpu": "h100", "gpu_memory_gib": None, "host_memory_gib": 2048}
+    plan = plan_run(config, KIMI_LINEAR_48B, dataset_tokens=10**11, **machine)
+    by_hand = 512 * (2500 * (1048576 + 1310720 + 1572864 + 1835008) + 20000 * 2097152)
+    assert plan.total_tokens == by_hand == pytest.approx(29e12, rel=0.02)
+    first, second = plan.warnings
+    assert "28.86T tokens in all, where 100 to 150 B are meant; --tokens_per_step 4194304 makes it 125.83B" in first
+    assert second == "the schedule reads 28.86T tokens but the data set has 100.00B: 288.6 epochs"
+    assert all(f"WARNING: {warning}" in plan.text() for warning in plan.warnings)
+
+
+def test_micro_steps_are_the_loaders():
+    from data_loader import Schedule
+
+    for name in SETS:
+        config, machine, plan = planned(name)
+        schedule = Schedule(
+            stages=config.stages,
+            num_train_steps=config.num_train_steps,
+            world_size=machine["num_gpus"],
+            per_device_train_batch_size=config.per_device_train_batch_size,
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            tokens_per_step=config.tokens_per_step,
+        )
+        for stage, wanted in zip(plan.stages, config.stages, strict=True):
+            step = schedule.step(wanted.start_step)
+            assert (stage.micro_steps, stage.tokens_per_step) == (step.accumulation_steps, step.tokens)
+        assert plan.total_tokens == schedule.total_tokens
+
+
+def test_stages_that_are_never_reached_do_not_count():
+    config, machine, _ = planned("config_h100_2x.yaml", num_train_steps=3000)
+    plan = plan_run(config, KIMI_LINEAR_48B, **machine)
+    assert [(s.seq_length, s.steps) for s in plan.stages] == [(1048576, 2500), (1310720, 500)]
+    config = dataclasses.replace(config, num_train_steps=30000, stop_after_steps=2500)
+    assert [s.seq_length for s in plan_run(config, KIMI_LINEAR_48B, **machine).stages] == [1048576]
+
+
+def test_budget_buys_a_share_of_every_stage():
+    config, _, plan = planned("config_h100_2x.yaml", gpu_hour_usd=2.5)
+    assert plan.cost_usd == pytest.approx(plan.total_seconds / 3600 * 2 * 2.5)
+    text = memory_utils.budget_schedule(config, plan, hours=plan.total_seconds / 3600 / 10)
+    assert "(250 steps of 4.19M tokens at 1,048,576; " in text
+    assert '--num_train_steps 3000 --curriculum "0:1048576,250:1310720,500:1572864,750:1835008,1000:2097152"' in text
+    assert "buy no step of each stage" in memory_utils.budget_schedule(config, plan, hours=0.1)
+
+
+def test_demo_on_the_cpu():
+    """No GPU: everything lies in the processes' memory, and the model is small beside Python and its libraries."""
+    config = load_config(["--config", "demo/config.yaml"])
+    shape = memory_utils.read_shape(config)
+    plan = plan_run(config, shape, num_gpus=2, gpu=None, gpu_memory_gib=None, host_memory_gib=16)
+    assert plan.fits and plan.verdict.startswith("fits; fullest at 2,048 tokens: host ")
+    stage = plan.stages[-1]
+    assert not stage.memory.gpu and not stage.memory.pinned
+    assert "n/a (no figures for this card)" in plan.text()
+    owned = 4 * shape.total_parameters
+    assert stage.memory.pageable["master weights"] == pytest.approx(owned, rel=1e-2)
+    small = plan_run(config, shape, num_gpus=2, gpu=None, gpu_memory_gib=None, host_memory_gib=0.5)
+    assert not small.fits and "host memory is short" in small.verdict
+
+
+# ---------------------------------------------------------------------------------------------- the command
+
+
+def run_command(*words: str):
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "memory_utils.py", *words], capture_output=True, text=True, timeout=60, cwd=ROOT
+    )
+    return done, time.perf_counter() - start
+
+
+def test_command_gives_json_and_text():
+    words = ["--config", "config_h100_2x.yaml", "--gpu", "h100", "--host_memory_gib", "2048", "--gpu_hour_usd", "2.5"]
+    done, _ = run_command(*words, "--json")
+    plan = json.loads(done.stdout)
+    assert plan["fits"] is True and plan["cost_usd"] > 10000 and len(plan["stages"]) == 5
+    assert plan["machine"]["num_gpus"] == 2  # from the Accelerate YAML
+    assert plan["stages"][-1]["memory"]["pageable"]["Adam moments"] > 8 * 49e9
+    done, _ = run_command(*words, "--gpus", "1", "--budget_usd", "5000")
+    assert "on 1 x h100 (79.1 GiB), host 2,048 GiB" in done.stdout
+    assert "budget: 2,000.0 hours on 1 GPUs buy " in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--gpu", "rtx9999"], "gpu: 'rtx9999' is in no table here; give its memory with --gpu_memory_gib"),
+        (["--budget_usd", "10", "--gpu", "h100"], "budget_usd: needs the price of a GPU hour; add --gpu_hour_usd"),
+        (["--gpus", "3", "--machines", "2", "--gpu", "h100"], "machines: 3 GPUs do not divide into 2 equal machines"),
+        (["--gpu_memori_gib", "10"], "unknown key 'gpu_memori_gib'; did you mean 'gpu_memory_gib'?"),
+        (["--model_name_or_path", "someone/else"], "'someone/else' is no local folder with a config.json"),
+    ],
+)
+def test_command_refuses_with_a_sentence(words, message):
+    done, _ = run_command("--config", "config_h100_2x.yaml", *words)
+    assert done.returncode == 2 and message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_plan_needs_no_torch():
+    code = (
+        "import sys, memory_utils as m; from config import load_config;"
+        "c = load_config(['--config', 'config_h100_2x.yaml']);"
+        "p = m.plan_run(c, m.KIMI_LINEAR_48B, num_gpus=2, gpu='h100', gpu_memory_gib=None, host_memory_gib=480);"
+        "p.text(); m.PhaseProfiler(); print(sorted(set(sys.modules) & {'torch', 'numpy', 'transformers', 'matplotlib'}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_picture_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    config, machine, plan = planned("config_h100_2x.yaml")
+    memory_utils.draw(config, KIMI_LINEAR_48B, plan, str(tmp_path / "memory.png"), **machine)
+    assert (tmp_path / "memory.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+# ---------------------------------------------------------------------------------------------- the profiler
+
+
+def _refusing_proc(folder: Path) -> Path:
+    """A /proc/self in which the high-water mark cannot be reset."""
+    (folder / "status").symlink_to("/proc/self/status")
+    (folder / "clear_refs").mkdir()
+    return folder
+
+
+@pytest.mark.parametrize("reset", [True, False], ids=["kernel", "sampled"])
+def test_profiler_sees_a_peak_that_is_gone_at_the_end(reset, tmp_path):
+    profiler = PhaseProfiler() if reset else PhaseProfiler(proc=_refusing_proc(tmp_path))
+    if not reset:
+        assert profiler.process_source == "sampled every 5 ms"
+    with profiler.phase("before"):
+        pass
+    size = 300 * 2**20
+    with profiler.phase("forward"):
+        block = torch.ones(size, dtype=torch.uint8)
+        time.sleep(0.05)
+        del block
+    with profiler.phase("after"):
+        pass
+    with profiler.phase("forward"):  # the highest of both entries stays
+        pass
+    peaks = profiler.peaks
+    assert peaks["forward"].process - peaks["before"].process == pytest.approx(size, rel=0.1)
+    assert peaks["after"].process - peaks["before"].process < size / 4
+    assert peaks["forward"].entered == 2 and peaks["forward"].seconds > 0.05
+    assert re.search(r"^forward +0\.000 +0\.000 +0\.000 +\d+\.\d+", profiler.table(), re.M)
+
+
+def test_profiler_refuses_nesting_and_survives_an_exception():
+    profiler = PhaseProfiler()
+    nested = pytest.raises(RuntimeError, match="'inner' entered inside phase 'outer'")
+    with nested, profiler.phase("outer"), profiler.phase("inner"):
+        pass
+    with profiler.phase("next"):
+        pass
+    assert set(profiler.peaks) == {"outer", "next"}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_profiler_on_a_gpu():
+    torch.zeros(1, device="cuda")
+    profiler = PhaseProfiler()
+    with profiler.phase("forward"):
+        on_gpu = torch.empty(2**28, dtype=torch.uint8, device="cuda")
+        pinned = torch.empty(2**27, dtype=torch.uint8, pin_memory=True)
+    peak = profiler.peaks["forward"]
+    assert peak.gpu_allocated >= on_gpu.numel() and peak.gpu_reserved >= peak.gpu_allocated
+    assert peak.pinned >= pinned.numel()
+
+
+def test_trainer_options_are_all_planned_with():
+    """The planner's own options and the trainer's must not collide."""
+    own = {action.dest for action in memory_utils.build_parser()._actions}
+    assert not own & {f.name for f in dataclasses.fields(TrainConfig)}
