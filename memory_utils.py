@@ -867,14 +867,18 @@ def budget_schedule(config: TrainConfig, plan: Plan, *, hours: float) -> str:
 
 
 def draw(config: TrainConfig, shape: ModelShape, plan: Plan, path: str, **machine) -> None:
-    """Memory by term against sequence length, stacked: GPU above, host below, the limits as lines."""
+    """Memory by term against sequence length as stacked bars, GPU above, host below, with the limits as lines.
+
+    Each length is planned by itself, so the engine's tiles may change from bar to bar; a GPU bar is the phase of a step in
+    which that card is fullest, named above it.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     longest = max(stage.seq_length for stage in plan.stages)
-    lengths = [max(2, longest * i // 24) for i in range(1, 25)]
+    lengths = [max(2, longest * i // 16) for i in range(1, 17)]
     stages = [
         plan_run(dataclasses.replace(config, curriculum=f"0:{length}"), shape, **machine).stages[0]
         for length in lengths
@@ -883,33 +887,46 @@ def draw(config: TrainConfig, shape: ModelShape, plan: Plan, path: str, **machin
         ("host memory of one machine", lambda s: {**s.memory.pinned, **s.memory.pageable}, plan.machine.host_limit)
     ]
     if plan.machine.gpu_limit:
-        panels.insert(0, ("GPU memory of one card", lambda s: s.memory.gpu, plan.machine.gpu_limit))
-    figure, axes = pyplot.subplots(len(panels), 1, figsize=(11, 5 * len(panels)), squeeze=False, layout="constrained")
-    colours = [*pyplot.get_cmap("tab20").colors, *pyplot.get_cmap("tab20b").colors]
+        panels.insert(0, ("memory of one GPU at its fullest", lambda s: s.memory.gpu, plan.machine.gpu_limit))
+    figure, axes = pyplot.subplots(len(panels), 1, figsize=(12, 5 * len(panels)), squeeze=False, layout="constrained")
     for axis, (title, terms_of, limit) in zip(axes[:, 0], panels, strict=True):
-        # a count in a term's name changes with the length: one colour for all of them
-        rows = [_merged(terms_of(stage)) for stage in stages]
-        names = sorted({name for row in rows for name in row}, key=lambda n: -max(row.get(n, 0) for row in rows))
-        values = [[row.get(name, 0) / GIB for row in rows] for name in names]
-        axis.stackplot([n / 2**20 for n in lengths], values, labels=names, colors=colours)
-        axis.axhline(limit / GIB, color="black", linestyle="--", label=f"limit, {limit / GIB:,.1f} GiB")
-        axis.set(title=title, xlabel="tokens of a sequence, in units of 1,048,576", ylabel="GiB")
-        axis.set_xlim(lengths[0] / 2**20, lengths[-1] / 2**20)
-        axis.set_ylim(0, 1.05 * max(limit / GIB, max(map(sum, zip(*values, strict=True)))))
-        handles, labels = axis.get_legend_handles_labels()
-        axis.legend(handles[::-1], labels[::-1], loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
+        _draw_bars(axis, lengths, [terms_of(stage) for stage in stages], limit)
+        if limit == plan.machine.gpu_limit:
+            for place, stage in enumerate(stages):
+                axis.annotate(stage.gpu_phase, (place, stage.gpu_bytes / GIB), ha="center", va="bottom", fontsize=7)
+        axis.set(title=title, xlabel="tokens of a sequence", ylabel="GiB")
+    trained = human_count(shape.trained_parameters(plan.trainable))
     figure.suptitle(
-        f"{human_count(shape.total_parameters)} parameters, trained: {plan.trainable}, {plan.machine.num_gpus} GPUs"
+        f"{human_count(shape.total_parameters)} parameters, {trained} trained, {plan.machine.num_gpus} x "
+        f"{plan.machine.gpu or 'CPU process'}"
     )
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
 
-def _merged(terms: dict[str, int]) -> dict[str, int]:
-    merged: Counter[str] = Counter()
-    for name, size in terms.items():
-        merged[re.sub(r"(, \d+| of \d+) (\w+)", "", name)] += size
-    return merged
+def _draw_bars(axis, lengths: list[int], bars: list[dict[str, int]], limit: int) -> None:
+    """One bar a length; terms that are nowhere 1 % of a bar are drawn as one."""
+    rows = []
+    for terms in bars:
+        row: Counter[str] = Counter()
+        for name, size in terms.items():  # the count in an engine's term changes with the length
+            row[re.sub(r"(, \d+| of \d+) (\w+)", "", name)] += size
+        rows.append(row)
+    share = {name: max(row[name] / sum(row.values()) for row in rows) for row in rows for name in row}
+    names = sorted((n for n in share if share[n] >= 0.01), key=lambda n: -share[n])
+    stacks = {name: [row[name] / GIB for row in rows] for name in names}
+    stacks["everything else"] = [sum(size for n, size in row.items() if n not in names) / GIB for row in rows]
+    base = [0.0] * len(rows)
+    for number, (name, heights) in enumerate(stacks.items()):
+        axis.bar(
+            range(len(rows)), heights, bottom=base, label=name, color=f"C{number % 10}", alpha=1 - 0.45 * (number > 9)
+        )
+        base = [low + height for low, height in zip(base, heights, strict=True)]
+    axis.axhline(limit / GIB, color="black", linestyle="--", label=f"limit, {limit / GIB:,.1f} GiB")
+    axis.set_xticks(range(len(rows)), [f"{length:,}" for length in lengths], rotation=45, ha="right", fontsize=8)
+    axis.set_ylim(0, 1.08 * max(limit / GIB, *base))
+    handles, labels = axis.get_legend_handles_labels()
+    axis.legend(handles[::-1], labels[::-1], loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
 
 
 # ---------------------------------------------------------------------------------------------- the command
