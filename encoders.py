@@ -9,6 +9,9 @@ Two formats:
                 pattern, not Kimi's, and so gives silently other ids; here the encoder is tiktoken with Kimi's pattern
                 and the published wrapper's cutting of long texts (`kimi_pieces`).
   transformers  everything else: `AutoTokenizer`, its own way.
+Both are the reference of their format. `fastokens`, ten times as fast, may serve instead where it is installed and gives
+the reference's ids on a start-up probe (`probe_texts`) and, while running, on one document in a hundred; the first
+difference ends its use (`EncoderMismatch`).
 
 Text is never parsed for special tokens: "<|im_end|>" in a document is ordinary text. Heavy libraries are imported by the
 functions that need them, so that `--help` answers at once.
@@ -21,8 +24,10 @@ import hashlib
 import json
 import os
 import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Protocol
 
@@ -47,6 +52,8 @@ KIMI_PATTERN = "|".join(
 KIMI_RESERVED_TOKENS = 256  # ids above the ranks; those without a name are <|reserved_token_ID|>
 KIMI_MAX_CHARS = 400_000  # the published wrapper hands tiktoken at most this many characters,
 KIMI_MAX_RUN_CHARS = 25_000  # of which at most this many in a row are all space or all not space
+
+CHECK_ONE_IN = 100  # texts that the fast encoder has checked while running
 
 # what decides ids, in the order looked for; weights, chat templates and code are not fetched
 TOKENIZER_FILES = (
@@ -85,6 +92,7 @@ class TokenizerSpec:
     vocab_size: int
     eos_token: str
     eos_token_id: int
+    special_tokens: tuple[tuple[str, int], ...] = ()  # kimi only: the others' libraries keep their own
     trust_remote_code: bool = False
 
 
@@ -171,25 +179,51 @@ def find_tokenizer(name: str, *, eos_token: str | None = None, trust_remote_code
         vocab_size=vocab_size,
         eos_token=eos,
         eos_token_id=special_ids[eos],
+        special_tokens=tuple(special_ids.items()) if kind == "kimi" else (),
         trust_remote_code=trust_remote_code,
     )
 
 
 def load_encoder(spec: TokenizerSpec) -> Encoder:
-    """The encoder of a found tokenizer, in this process."""
+    """The reference encoder of a found tokenizer, in this process."""
     if spec.format == "kimi":
-        return KimiTiktokenEncoder(Path(spec.folder))
+        return KimiTiktokenEncoder(spec)
     return TransformersEncoder(Path(spec.folder), trust_remote_code=spec.trust_remote_code)
 
 
-def why(spec: TokenizerSpec) -> str:
-    """The start-up line: which encoder runs and for what reason."""
+def choose_encoder(spec: TokenizerSpec, wish: str) -> tuple[Encoder, str]:
+    """(the encoder that shall run in this process, the start-up line that says which one and why).
+
+    `wish` is "auto", "reference" or "fast"; "fast" raises UserError where "auto" would take the reference. Every process
+    proves its own encoder: on a cluster they may not all have the same libraries.
+    """
     if spec.format == "kimi":
-        return (
+        why = (
             "tiktoken with Kimi's word pattern and its cutting of long texts, because the folder holds tiktoken.model "
             "(transformers would load it with another pattern and give other ids)"
         )
-    return "the tokenizer's own, through transformers, because the folder holds no tiktoken.model"
+    else:
+        why = "the tokenizer's own, through transformers, because the folder holds no tiktoken.model"
+    reference = load_encoder(spec)
+    if wish == "reference":
+        return reference, why
+    try:
+        encoder = FastEncoder(spec, reference)
+        texts = probe_texts(spec)
+        for text in texts:
+            encoder.check(text)
+    except FastUnavailable as problem:
+        if wish == "fast":
+            raise UserError(f"encoder: fast was asked for, but {problem}") from None
+        return reference, f"{why}; {problem}"
+    except EncoderMismatch as difference:
+        if wish == "fast":
+            raise UserError(f"encoder: fast was asked for, but it is not exact here: {difference}") from None
+        return reference, f"{why}; WARNING: fastokens is not exact here: {difference}"
+    return encoder, (
+        f"{encoder.name}: its ids are the reference's on {len(texts):,} probes of {sum(map(len, texts)):,} characters, and "
+        f"one document in {CHECK_ONE_IN} is checked while running. Reference: {why}"
+    )
 
 
 def _some(tokens: dict[str, int]) -> str:
@@ -315,17 +349,16 @@ class KimiTiktokenEncoder:
 
     name = "tiktoken, Kimi's pattern"
 
-    def __init__(self, folder: Path):
+    def __init__(self, spec: TokenizerSpec):
         import tiktoken
 
         # encode_to_numpy parses special tokens only where it is told to, which it never is. They are given all the
         # same: with an empty set tiktoken searches the text for an empty pattern and takes 1.7 times as long.
-        special, _, _ = _kimi_special_tokens(folder)
         self._encoding = tiktoken.Encoding(
             "kimi",
             pat_str=KIMI_PATTERN,
-            mergeable_ranks=read_tiktoken_ranks(folder / "tiktoken.model"),
-            special_tokens=special,
+            mergeable_ranks=read_tiktoken_ranks(Path(spec.folder) / "tiktoken.model"),
+            special_tokens=dict(spec.special_tokens),
         )
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -392,6 +425,122 @@ class TransformersEncoder:
 
     def decode(self, tokens: Sequence[int]) -> str:
         return self._tokenizer.decode([int(token) for token in tokens], clean_up_tokenization_spaces=False)
+
+
+# ---------------------------------------------------------------------------- the fast one, and its proof
+
+
+class FastUnavailable(Exception):
+    """fastokens cannot serve this tokenizer; the text says why."""
+
+
+class EncoderMismatch(Exception):
+    """The fast encoder's ids are not the reference's; the text shows where."""
+
+
+class FastEncoder:
+    """fastokens over the same files. Checks one text in CHECK_ONE_IN against `reference` and raises EncoderMismatch."""
+
+    def __init__(self, spec: TokenizerSpec, reference: Encoder):
+        # one process per core: its own threads would only fight over them
+        os.environ["RAYON_NUM_THREADS"] = "1"
+        try:
+            import fastokens
+        except ImportError:
+            raise FastUnavailable("fastokens, ten times as fast, is not installed (pip install fastokens)") from None
+        folder = Path(spec.folder)
+        try:
+            if spec.format == "kimi":
+                self._tokenizer = fastokens.Tokenizer.from_tiktoken(
+                    str(folder / "tiktoken.model"), pattern=KIMI_PATTERN, special_tokens=dict(spec.special_tokens)
+                )
+                self._pieces = kimi_pieces
+            elif (folder / "tokenizer.json").is_file():
+                self._tokenizer = fastokens.Tokenizer.from_file(str(folder / "tokenizer.json"))
+                self._tokenizer.no_truncation()
+                self._pieces = lambda text: (text,)
+            else:
+                raise FastUnavailable("fastokens needs a tokenizer.json or a tiktoken.model")
+        except (ValueError, RuntimeError, OSError, NotImplementedError) as error:
+            raise FastUnavailable(f"fastokens cannot load it ({str(error).splitlines()[0][:200]})") from None
+        self.reference = reference
+        self.name = f"fastokens {metadata.version('fastokens')}"
+        self._seen = 0
+
+    def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        tokens, lengths = self._encode_unchecked(texts)
+        first = -self._seen % CHECK_ONE_IN
+        self._seen += len(texts)
+        ends = np.cumsum(lengths)
+        for i in range(first, len(texts), CHECK_ONE_IN):
+            self._compare(texts[i], tokens[ends[i] - lengths[i] : ends[i]])
+        return tokens, lengths
+
+    def check(self, text: str) -> None:
+        """Raise EncoderMismatch if this text's ids are not the reference's."""
+        self._compare(text, self._encode_unchecked([text])[0])
+
+    def _encode_unchecked(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        pieces: list[str] = []
+        first_pieces = np.zeros(len(texts) + 1, np.int64)
+        for i, text in enumerate(texts):
+            pieces.extend(self._pieces(text))
+            first_pieces[i + 1] = len(pieces)
+        ids, offsets = self._tokenizer.encode_batch_flat(pieces, split_special_tokens=True)
+        starts = np.frombuffer(offsets, "<u8").astype(np.int64)[first_pieces]
+        return np.frombuffer(ids, "<u4").view(np.int32), np.diff(starts)
+
+    def _compare(self, text: str, tokens: np.ndarray) -> None:
+        expected, _ = self.reference.encode([text])
+        if not np.array_equal(tokens, expected):
+            both = min(len(tokens), len(expected))
+            different = np.flatnonzero(tokens[:both] != expected[:both])
+            at = int(different[0]) if len(different) else both
+            near = self.reference.decode(expected[max(0, at - 3) : at + 3])
+            raise EncoderMismatch(
+                f"on a text of {len(text):,} characters token {at} is {tokens[at : at + 1]} but should be "
+                f"{expected[at : at + 1]}, near {near!r}"
+            )
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return self.reference.decode(tokens)
+
+
+def probe_texts(spec: TokenizerSpec) -> list[str]:
+    """Texts on which encoders are likely to differ: code points of every class and script in several surroundings, long
+    runs, special tokens written as text, the 25,000 and 400,000 character cuts and their neighbours.
+
+    Code points are taken where the general category changes (both sides), one in 16 elsewhere, and all that Python's
+    tables leave unassigned in the first two planes, because libraries differ in their version of Unicode.
+    """
+    points, before = [], ""
+    for point in range(0x110000):
+        category = unicodedata.category(chr(point))
+        border = category != before
+        if category != "Cs" and (
+            border
+            or point % (4096 if category in ("Cn", "Co") and point >= 0x20000 else 16) == 0
+            or (category == "Cn" and point < 0x20000)
+        ):
+            points.append(chr(point))
+        if border and point and before != "Cs":
+            points.append(chr(point - 1))
+        before = category
+    texts = []
+    for at in range(0, len(points), 500):
+        part = points[at : at + 500]
+        texts.append("".join(part))
+        texts.append("".join(f"a{c}b {c}{c}1{c}\n" for c in part))
+        texts.append("".join(f" {c}A'{c}s 中{c}" for c in part))
+    words = "The HTTPServer's iPhone TeX don't WE'LL 12345 3.14 中文字符 Привет café\r\n\t\t  x = y;\n\n\n"
+    texts += [words, words * 50, words.upper(), f"{spec.eos_token}a{spec.eos_token} <|im_end|><|im_user|> [BOS]"]
+    for filler in ("a", " ", "\n", "\t ", "=", "中", "é", "1", "aB", "\U0001f600", "\u0301", "\r\n"):
+        texts += [filler * n for n in (2, 3, 7, 100, 5000)]
+    if spec.format == "kimi":
+        for run in (KIMI_MAX_RUN_CHARS - 1, KIMI_MAX_RUN_CHARS, KIMI_MAX_RUN_CHARS + 1, 2 * KIMI_MAX_RUN_CHARS + 7):
+            texts += ["self " + filler * run + "self words" for filler in ("=", " ", "ab"[:1], "中")]
+        texts.append((words * (KIMI_MAX_CHARS // len(words) + 2))[: KIMI_MAX_CHARS + 20])
+    return texts
 
 
 def _flat(parts: list[np.ndarray]) -> np.ndarray:

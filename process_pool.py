@@ -5,7 +5,7 @@
 Why not concurrent.futures: workers here report while they work, a worker that is killed (out of memory) must be an error
 that names its task and never a hang, and nothing may be forked (forking after Rust threads have run hangs).
 
-A job is a picklable object with `start() -> state`, called once in each process, and
+A job is a picklable object with `start(report) -> state`, called once in each process, and
 `work(state, task, report) -> result`, where report(**counts) sends progress.
 """
 
@@ -23,7 +23,7 @@ from config import UserError
 
 
 class Job(Protocol):
-    def start(self) -> Any:
+    def start(self, report: Callable[..., None]) -> Any:
         """Load what every task needs; the result is passed to `work`."""
 
     def work(self, state: Any, task: Any, report: Callable[..., None]) -> Any:
@@ -47,11 +47,11 @@ def _worker(connection, job: Job) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     try:
         try:
-            state = job.start()
+            report = lambda **counts: connection.send(("progress", counts))  # noqa: E731
+            state = job.start(report)
             connection.send(("ready", None))
             while (task := connection.recv()) is not None:
-                result = job.work(state, task, lambda **counts: connection.send(("progress", counts)))
-                connection.send(("done", result))
+                connection.send(("done", job.work(state, task, report)))
         except (EOFError, BrokenPipeError, ConnectionResetError):
             return  # the parent is gone
         except UserError as error:
@@ -69,7 +69,7 @@ def run(
 
     `tasks` is drawn lazily, so the caller may end it early. Raises UserError with a worker's own sentence,
     RuntimeError with its traceback, or WorkerLost; the other workers are ended first. `on_progress(task, counts)` gets
-    what workers report.
+    what workers report, with no task while they start.
     """
     context = multiprocessing.get_context("spawn")
     waiting = iter(tasks)
@@ -94,17 +94,18 @@ def run(
                 if kind == "crash":
                     raise RuntimeError(f"a worker failed on {busy.get(connection)}:\n{content}")
                 if kind == "progress":
-                    on_progress(busy[connection], content)
+                    on_progress(busy.get(connection), content)
                     continue
                 if kind == "done":
                     yield busy.pop(connection), content
                 try:
                     busy[connection] = next(waiting)
-                    connection.send(busy[connection])
                 except StopIteration:
                     connection.send(None)
                     processes.pop(connection).join()
                     connection.close()
+                else:
+                    connection.send(busy[connection])
     finally:
         for connection, process in processes.items():
             process.terminate()

@@ -98,6 +98,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--max_tokens", type=int, help="stop before the document that would exceed this many tokens in all")
     add("--eos_token", help="special token that ends each document; default: the tokenizer's eos_token")
+    add(
+        "--encoder",
+        choices=("auto", "reference", "fast"),
+        default="auto",
+        help="auto: fastokens where it is installed and proves to give the tokenizer's own ids, else the reference",
+    )
     add("--verify", action="store_true", help="check the shards in --output_dir against their manifest, and exit")
     return parser
 
@@ -109,7 +115,7 @@ def make_plan(args: argparse.Namespace, source: Source, spec: encoders.Tokenizer
     """Everything that decides the output's bytes, as plain JSON values."""
     total = sum(unit.text_bytes for unit in cut_units(source, unit_bytes=1 << 62))
     unit_bytes = min(max(total // UNITS_AIMED_AT, MIN_UNIT_BYTES), args.shard_tokens * TEXT_BYTES_PER_TOKEN)
-    tokenizer = {k: v for k, v in asdict(spec).items() if k not in ("folder", "trust_remote_code")}
+    tokenizer = {k: v for k, v in asdict(spec).items() if k not in ("folder", "special_tokens", "trust_remote_code")}
     return {
         "plan_version": PLAN_VERSION,
         "tokenizer": tokenizer,
@@ -199,15 +205,27 @@ class TokenizeJob:
     folder: str
     source: Source
     spec: encoders.TokenizerSpec
+    encoder: str
     shard_tokens: int
     plan_sha256: str
 
-    def start(self) -> encoders.Encoder:
-        return encoders.load_encoder(self.spec)
+    def start(self, report) -> list[encoders.Encoder]:
+        """The process's encoder, in a list so that `work` can replace it."""
+        encoder, why = encoders.choose_encoder(self.spec, self.encoder)
+        report(encoder=why)
+        return [encoder]
 
-    def work(self, encoder: encoders.Encoder, task: tuple[Unit, int | None], report) -> dict:
+    def work(self, state: list[encoders.Encoder], task: tuple[Unit, int | None], report) -> dict:
         unit, max_documents = task
-        return tokenize_unit(self, encoder, unit, report, max_documents=max_documents)
+        try:
+            return tokenize_unit(self, state[0], unit, report, max_documents=max_documents)
+        except encoders.EncoderMismatch as difference:
+            report(
+                warning=f"the fast encoder is not exact ({difference}); unit {unit.index} is done again and this process "
+                "goes on with the reference encoder"
+            )
+            state[0] = state[0].reference
+            return tokenize_unit(self, state[0], unit, report, max_documents=max_documents)
 
 
 def record_path(folder: Path, unit: int) -> Path:
@@ -356,6 +374,9 @@ class Progress:
         self._is_terminal = out.isatty()
         self._next = self._begin + (0.2 if self._is_terminal else 10)
 
+    def warn(self, text: str) -> None:
+        print(f"\nWARNING: {text}" if self._is_terminal else f"WARNING: {text}", file=self._out, flush=True)
+
     def add(self, unit: Unit, *, documents: int, tokens: int, text_bytes: int) -> None:
         self.documents, self.tokens = self.documents + documents, self.tokens + tokens
         self._inside[unit.index] = min(unit.text_bytes, self._inside.get(unit.index, 0) + text_bytes)
@@ -421,11 +442,21 @@ def tokenize_units(job: TokenizeJob, units: list[Unit], records: dict[int, dict]
                 return
             yield unit, None
 
+    encoders_said: set[str] = set()
+
+    def on_report(task: tuple[Unit, int | None] | None, counts: dict) -> None:
+        if "encoder" in counts:
+            if counts["encoder"] not in encoders_said:
+                say(f"encoder: {counts['encoder']}")
+            encoders_said.add(counts["encoder"])
+        elif "warning" in counts:
+            progress.warn(counts["warning"])
+        else:
+            progress.add(task[0], **counts)
+
     workers = min(args.num_workers, len(todo))
     try:
-        for (unit, _), record in process_pool.run(
-            job, tasks(), workers=workers, on_progress=lambda task, counts: progress.add(task[0], **counts)
-        ):
+        for (unit, _), record in process_pool.run(job, tasks(), workers=workers, on_progress=on_report):
             records[unit.index] = record
             progress.finish_unit(unit)
     except process_pool.WorkerLost as lost:
@@ -455,8 +486,9 @@ def apply_max_tokens(job: TokenizeJob, units: list[Unit], records: dict[int, dic
                     if fitting < len(reader.lengths):
                         break
             if documents:
+                ignore = lambda **counts: None  # noqa: E731
                 # tokenized once more, so that its counts are those of what is kept
-                kept[unit.index] = tokenize_unit(job, job.start(), unit, lambda **counts: None, max_documents=documents)
+                kept[unit.index] = job.work(job.start(ignore), (unit, documents), ignore)
             break
         kept[unit.index] = record
         left -= record["tokens"]
@@ -556,7 +588,6 @@ def tokenize(args: argparse.Namespace) -> Manifest:
     """Everything from the plan to the manifest. Raises UserError before anything is written where it can."""
     spec = encoders.find_tokenizer(args.tokenizer, eos_token=args.eos_token, trust_remote_code=args.trust_remote_code)
     say(f"tokenizer: {spec.name} ({spec.vocab_size:,} ids, documents end in {spec.eos_token!r} = {spec.eos_token_id})")
-    say(f"encoder: {encoders.why(spec)}")
     source = find_source(
         args.dataset_name,
         config=args.dataset_config,
@@ -587,6 +618,7 @@ def _tokenize_locked(args, folder: Path, plan: dict, source: Source, spec: encod
         folder=str(folder),
         source=source,
         spec=spec,
+        encoder=args.encoder,
         shard_tokens=plan["options"]["shard_tokens"],
         plan_sha256=hashlib.sha256(plan_bytes(plan)).hexdigest(),
     )

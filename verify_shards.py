@@ -88,7 +88,7 @@ class VerifyJob:
     vocab_size: int
     eos_token_id: int
 
-    def start(self) -> None:
+    def start(self, report) -> None:
         return None
 
     def work(self, state, shard: ShardInfo, report) -> list[str]:

@@ -196,6 +196,89 @@ def test_unreachable_hub_tokenizer_says_how_to_give_a_local_one():
     assert "give --tokenizer FOLDER" in answer.stdout
 
 
+# ---------------------------------------------------------------------------- the fast encoder
+
+
+@pytest.mark.parametrize("which", ["kimi", "fast"])
+def test_fast_encoder_gives_the_references_ids(which, request):
+    pytest.importorskip("fastokens", reason="the fast encoder is optional: pip install fastokens==0.3.5")
+    spec = encoders.find_tokenizer(str(request.getfixturevalue(which)))
+    encoder, why = encoders.choose_encoder(spec, "fast")
+    assert isinstance(encoder, encoders.FastEncoder) and why.startswith("fastokens ") and "one document in 100" in why
+    texts = [*HARD_TEXTS, *real_texts(40), "word " * 100_000, " " * 60_000 + "x" * 30_000, "", "\n"]
+    tokens, lengths = encoder.encode(texts)
+    expected, expected_lengths = encoder.reference.encode(texts)
+    np.testing.assert_array_equal(tokens, expected)
+    np.testing.assert_array_equal(lengths, expected_lengths)
+    assert tokens.dtype == np.int32 and encoder.decode(tokens[: lengths[0]]) == texts[0]
+
+
+def test_fast_encoder_on_every_code_point(kimi):
+    pytest.importorskip("fastokens", reason="the fast encoder is optional: pip install fastokens==0.3.5")
+    encoder, _ = encoders.choose_encoder(encoders.find_tokenizer(str(kimi)), "fast")
+    points = [chr(point) for point in range(0x110000) if not 0xD800 <= point < 0xE000]
+    for at in range(0, len(points), 20_000):
+        encoder.check("".join(f"a{c} {c}" for c in points[at : at + 20_000]))
+
+
+def test_probe_covers_classes_runs_and_cuts(kimi):
+    import unicodedata
+
+    texts = encoders.probe_texts(encoders.find_tokenizer(str(kimi)))
+    joined = set("".join(texts))
+    assert {unicodedata.category(c) for c in joined} == {unicodedata.category(chr(p)) for p in range(0x110000)} - {"Cs"}
+    assert max(map(len, texts)) > 400_000 and any(EOS in text for text in texts)
+    assert any("=" * 25_001 in text for text in texts) and any(" " * 25_001 in text for text in texts)
+
+
+class WrongOn:
+    """A stand-in for a fast library that is wrong on texts with one word: what `FastEncoder` must notice."""
+
+    def __init__(self, tokenizer, word):
+        self.tokenizer, self.word = tokenizer, word
+
+    def encode_batch_flat(self, pieces, **options):
+        pieces = [piece.replace(self.word, "x") for piece in pieces]
+        return self.tokenizer.encode_batch_flat(pieces, **options)
+
+
+def test_a_wrong_fast_encoder_is_noticed_on_a_sample_of_texts(kimi):
+    pytest.importorskip("fastokens", reason="the fast encoder is optional: pip install fastokens==0.3.5")
+    spec = encoders.find_tokenizer(str(kimi))
+    encoder = encoders.FastEncoder(spec, encoders.load_encoder(spec))
+    encoder._tokenizer = WrongOn(encoder._tokenizer, "Goodbye")
+    checked = []
+    encoder._compare, compare = lambda text, tokens: (checked.append(text), compare(text, tokens)), encoder._compare
+    for size in (7, 93, 1, 150, 300):
+        encoder.encode([f"text {i}" for i in range(size)])
+    assert len(checked) == 6  # of 551, one in 100 from the first on, whatever the batches
+    with pytest.raises(encoders.EncoderMismatch, match=r"token 0 is \[\d+\] but should be \[\d+\], near"):
+        encoder.encode(["Goodbye"] * 100)
+
+
+def test_choice_of_encoder_falls_back_with_a_reason(kimi, monkeypatch):
+    spec = encoders.find_tokenizer(str(kimi))
+    encoder, why = encoders.choose_encoder(spec, "reference")
+    assert isinstance(encoder, encoders.KimiTiktokenEncoder) and why.startswith("tiktoken with Kimi's word pattern")
+    monkeypatch.setitem(sys.modules, "fastokens", None)  # as if it were not installed
+    encoder, why = encoders.choose_encoder(spec, "auto")
+    assert isinstance(encoder, encoders.KimiTiktokenEncoder) and "fastokens, ten times as fast, is not installed" in why
+    with pytest.raises(UserError, match=r"encoder: fast was asked for, but fastokens, .* is not installed"):
+        encoders.choose_encoder(spec, "fast")
+
+
+def test_an_inexact_fast_encoder_is_not_chosen(kimi, monkeypatch):
+    pytest.importorskip("fastokens", reason="the fast encoder is optional: pip install fastokens==0.3.5")
+    spec = encoders.find_tokenizer(str(kimi))
+    reference = encoders.load_encoder(spec)
+    monkeypatch.setattr(encoders, "load_encoder", lambda spec: reference)
+    monkeypatch.setattr(encoders, "KIMI_PATTERN", encoders.KIMI_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}+"))
+    encoder, why = encoders.choose_encoder(spec, "auto")
+    assert encoder is reference and "WARNING: fastokens is not exact here" in why
+    with pytest.raises(UserError, match="it is not exact here"):
+        encoders.choose_encoder(spec, "fast")
+
+
 def test_realistic_vocabulary(tmp_path):
     spec = importlib.util.find_spec("dashscope")
     file = Path(spec.origin).parent / "resources" / "qwen.tiktoken" if spec else None

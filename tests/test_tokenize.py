@@ -145,7 +145,7 @@ def test_a_transformers_tokenizer_from_the_command_line(tmp_path, texts):
     ]
     answer = subprocess.run([*map(str, command), "--num_workers", "1"], cwd=ROOT, capture_output=True, text=True)
     assert answer.returncode == 0, answer.stderr
-    assert "encoder: the tokenizer's own, through transformers" in answer.stdout
+    assert "the tokenizer's own, through transformers" in answer.stdout
     assert "dropped    1 of 104 rows" in answer.stdout and "full sequences of 2,048 tokens" in answer.stdout
     assert "tokens/s" in answer.stderr and "documents" in answer.stderr
     assert documents(tmp_path / "o") == expected(fast, [text for text in texts if text.strip()])
