@@ -123,8 +123,14 @@ class RunLog:
                 f"wandb_project: {project!r} was asked for but wandb is not installed; "
                 "pip install wandb, or leave --wandb_project away"
             ) from None
+        # silent: its own summary at the end would push ours off the screen
         self.wandb = wandb.init(
-            project=project, name=name, mode=mode, dir=str(self.folder), config=config, resume="allow"
+            project=project,
+            name=name,
+            mode=mode,
+            dir=str(self.folder),
+            config=config,
+            settings=wandb.Settings(silent=True, console="off"),
         )
         self.line(f"W&B: project {project}, mode {mode}, files in {self.wandb.dir}")
 
