@@ -156,7 +156,10 @@ def plan_changes(old: dict, new: dict) -> list[str]:
 
 
 def adopt_plan(folder: Path, plan: dict) -> dict:
-    """Write the plan if the folder has none, else check that it is the same and return the folder's."""
+    """Write the plan if the folder has none, else check that it is the same and return the folder's.
+
+    A plan of which no unit was finished yet gives way to the new one: a mended row needs no new folder.
+    """
     path = folder / PLAN
     if not path.exists():
         strange = sorted(p.name for p in folder.iterdir() if not p.name.endswith(".tmp"))
@@ -171,6 +174,9 @@ def adopt_plan(folder: Path, plan: dict) -> dict:
     except ValueError as error:
         raise UserError(f"output_dir: {path} is damaged ({error}); remove {folder} and start again") from None
     changes = plan_changes(old, plan)
+    if changes and not (folder / MANIFEST).exists() and not any(folder.glob("unit_*.json")):
+        write_file_durably(path, plan_bytes(plan))
+        return plan
     if changes:
         raise UserError(
             f"output_dir: {folder} was begun with another plan: {'; '.join(changes)}. "
