@@ -1,4 +1,7 @@
-"""Checkpoints that are whole or not there: save under a temporary name, verify, rename; find, check and load again.
+"""Checkpoints that are whole or not there: save under a temporary name, verify, rename; find, check, load, export.
+
+    python checkpointing.py --verify ./checkpoints/run/checkpoint-step500           # every byte against its checksum
+    python checkpointing.py --export ./checkpoints/run/checkpoint-step500 ./model   # the Hub's own layout
 
     save_checkpoint(engine, fp32, state, config=config)      # every rank calls; OUTPUT_DIR/checkpoint-step500
     path = find_checkpoint("latest", output_dir)             # newest complete one, says which it skipped and why
@@ -12,6 +15,7 @@ after the rename. No learning-rate, loader or random state is saved: each is a p
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import hashlib
 import json
@@ -22,7 +26,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import TrainConfig, UserError
+from config import TrainConfig, UserError, run_main
+from run_log import human_count, say
 
 NAME = re.compile(r"checkpoint-step(\d+)$")
 TEMPORARY = ".writing-"
@@ -46,6 +51,8 @@ class TrainerState:
     world_size: int
     manifest_hash: str
     model_fingerprint: str
+    model: str
+    tokenizer: str
     options: dict
     versions: dict
 
@@ -249,3 +256,165 @@ def load_checkpoint(engine, fp32, path: Path) -> None:
     if loaded is None:
         raise UserError(f"resume_from_checkpoint: DeepSpeed found no shards in {path / 'zero'}")
     fp32.load_state(load_file(str(path / "fp32.safetensors")))
+
+
+# ---------------------------------------------------------------------------------------------- export
+
+SHARD_BYTES = 4_000_000_000
+TOKENIZER_FILES = (
+    "tokenizer.json tokenizer_config.json special_tokens_map.json tiktoken.model vocab.json merges.txt "
+    "tokenization_kimi.py chat_template.jinja generation_config.json"
+).split()
+
+
+def export(checkpoint: Path, output: Path, *, tokenizer: str | None = None) -> None:
+    """Write the checkpoint's weights as a model folder in the Hub's own layout, which `from_pretrained` loads.
+
+    Weights are read tensor by tensor from DeepSpeed's memory-mapped fp32 master copies and written in the run's dtype
+    (what was fp32 in the released model stays fp32), so host memory holds about one shard of 4 GB. The folder appears
+    under its name when all of it is written and read back. Raises UserError if the checkpoint is damaged or the output
+    exists.
+    """
+    reason = incomplete_reason(checkpoint, checksums=True)
+    if reason:
+        raise UserError(f"export: {checkpoint} cannot be exported: {reason}")
+    if output.exists():
+        raise UserError(f"export: {output} exists already; give a new folder")
+    state = read_state(checkpoint)
+    working = output.with_name(TEMPORARY + output.name)
+    shutil.rmtree(working, ignore_errors=True)
+    working.mkdir(parents=True)
+    count = _write_shards(working, _hub_state(checkpoint, bf16=state.options["bf16"]))
+    _write_config(checkpoint, working, bf16=state.options["bf16"])
+    copied = _copy_tokenizer(tokenizer or state.tokenizer, working)
+    (working / "README.md").write_text(_model_card(state, count))
+    _read_back(working)
+    for file in working.iterdir():
+        _fsynced_record(file)
+    os.rename(working, output)
+    _fsync_folder(output.parent)
+    say(f"{output}: {human_count(count)} parameters of step {state.step}, tokenizer: {copied}")
+
+
+def _hub_state(checkpoint: Path, *, bf16: bool):
+    """(name, tensor) of every weight under the released model's names, one at a time."""
+    import torch
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+    from safetensors.torch import load_file
+
+    from kimi_model import FP32_BUFFERS, hub_fp32_name, hub_tensors
+
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    lazy = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag="zero", lazy_mode=True)
+    for name, tensor in lazy.items():
+        if not name.endswith(FP32_BUFFERS):  # kept exactly in fp32.safetensors
+            for hub_name, part in hub_tensors(name, tensor.contiguous().to(dtype)):
+                yield hub_name, part.contiguous()
+    for key, tensor in load_file(str(checkpoint / "fp32.safetensors")).items():
+        if key.endswith(".value"):
+            yield hub_fp32_name(key.removesuffix(".value")), tensor
+
+
+def _write_shards(folder: Path, tensors) -> int:
+    """Safetensors files of at most SHARD_BYTES and their index, under the Hub's names. Returns the parameter count."""
+    from safetensors.torch import save_file
+
+    files: list[list[str]] = []
+    shard: dict = {}
+    size = total = count = 0
+
+    def close_shard():
+        save_file(shard, str(folder / f"shard-{len(files)}"), metadata={"format": "pt"})
+        files.append(list(shard))
+        shard.clear()
+
+    for name, tensor in tensors:
+        nbytes = tensor.numel() * tensor.element_size()
+        if shard and size + nbytes > SHARD_BYTES:
+            close_shard()
+            size = 0
+        shard[name] = tensor.clone()  # a slice of a big tensor would keep all of it in memory
+        size += nbytes
+        total += nbytes
+        count += tensor.numel()
+    close_shard()
+    weight_map = {}
+    for number, names in enumerate(files):
+        name = f"model-{number + 1:05d}-of-{len(files):05d}.safetensors"
+        os.rename(folder / f"shard-{number}", folder / name)
+        weight_map.update(dict.fromkeys(names, name))
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+    return count
+
+
+def _write_config(checkpoint: Path, folder: Path, *, bf16: bool) -> None:
+    values = json.loads((checkpoint / "config.json").read_text())
+    values["architectures"] = ["KimiLinearForCausalLM"]
+    values["dtype"] = "bfloat16" if bf16 else "float32"
+    values["use_cache"] = True
+    values.pop("_name_or_path", None)
+    (folder / "config.json").write_text(json.dumps(values, indent=1))
+
+
+def _copy_tokenizer(name: str, folder: Path) -> str:
+    """Tokenizer and generation config from the folder (or Hub cache) that the data was tokenized with."""
+    from encoders import tokenizer_folder
+
+    try:
+        source = tokenizer_folder(name)
+    except UserError as error:
+        return f"not copied ({error}); give --tokenizer FOLDER"
+    found = [file for file in TOKENIZER_FILES if (source / file).is_file()]
+    for file in found:
+        shutil.copyfile(source / file, folder / file)
+    return f"{len(found)} files of {name}"
+
+
+def _model_card(state: TrainerState, count: int) -> str:
+    options = "\n".join(f"| {name} | {value} |" for name, value in state.options.items())
+    versions = ", ".join(f"{name} {version}" for name, version in state.versions.items())
+    return (
+        "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n"
+        f"# Continually pretrained Kimi-Linear, step {state.step}\n\n"
+        f"{human_count(count)} parameters, started from `{state.model}`, trained on {state.tokens_seen:,} tokens "
+        f"({state.skipped_total} steps skipped) of the data set with manifest `{state.manifest_hash}`, tokenizer "
+        f"`{state.tokenizer}`, by {state.world_size} processes.\n\n"
+        f"| option | value |\n|---|---|\n{options}\n\nVersions: {versions}\n"
+    )
+
+
+def _read_back(folder: Path) -> None:
+    """Open every shard again and compare names and sizes with the index, before the folder gets its name."""
+    from safetensors import safe_open
+
+    weight_map = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    found = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            found.update(dict.fromkeys(tensors.keys(), file.name))
+    if found != weight_map:
+        raise OSError(f"{folder}: the shards read back do not hold what the index names")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Check a checkpoint, or export it as a model in the Hub's layout.")
+    parser.add_argument("--verify", metavar="CHECKPOINT", help="compare every file with its size and checksum")
+    parser.add_argument("--export", nargs=2, metavar=("CHECKPOINT", "DIR"), help="write a model folder")
+    parser.add_argument("--tokenizer", help="with --export: the tokenizer folder to copy (default: the data's)")
+    arguments = parser.parse_args()
+    if not arguments.verify and not arguments.export:
+        parser.error("give --verify CHECKPOINT or --export CHECKPOINT DIR")
+    if arguments.verify:
+        path = Path(arguments.verify)
+        reason = incomplete_reason(path, checksums=True) if path.is_dir() else "the folder does not exist"
+        if reason:
+            raise UserError(f"verify: {path} is no complete checkpoint: {reason}")
+        say(f"{path}: complete, every file matches its checksum (step {read_state(path).step})")
+    if arguments.export:
+        export(Path(arguments.export[0]), Path(arguments.export[1]), tokenizer=arguments.tokenizer)
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -270,8 +270,8 @@ class Fp32Optimizer:
     is not part of the global norm, which DeepSpeed computes over the parameters it owns.
     """
 
-    def __init__(self, named: dict[str, torch.Tensor], config: TrainConfig):
-        self.named = named
+    def __init__(self, named: dict[str, torch.Tensor], buffers: dict[str, torch.Tensor], config: TrainConfig):
+        self.named, self.buffers = named, buffers
         self.adamw = torch.optim.AdamW(
             list(named.values()) or [torch.zeros(1, requires_grad=True)],
             lr=config.learning_rate,
@@ -305,8 +305,8 @@ class Fp32Optimizer:
         self.adamw.step()
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Values and moments as a flat dict of tensors, for safetensors."""
-        tensors = {}
+        """Values and moments, and the untrained fp32 buffers, as a flat dict of tensors for safetensors."""
+        tensors = {f"{name}.value": buffer.detach().cpu().clone() for name, buffer in self.buffers.items()}
         for name, leaf in self.named.items():
             tensors[f"{name}.value"] = leaf.detach().cpu().clone()
             for key, value in self.adamw.state.get(leaf, {}).items():
@@ -327,6 +327,40 @@ class Fp32Optimizer:
                     key: value.clone() if key == "step" else value.to(leaf.device).clone()
                     for key, value in moments.items()
                 }
+
+
+# ---------------------------------------------------------------------------------------------- back to the Hub's layout
+
+
+def hub_tensors(name: str, tensor: torch.Tensor):
+    """(name, tensor) pairs under which the released checkpoint holds one of transformers' parameters.
+
+    The inverse of what `from_pretrained` converts: experts apart again (w1 gate, w3 up, w2 down), one convolution each
+    for q, k and v, gate parameters directly in self_attn. `name` as in the model's state dict.
+    """
+    name = name.replace(".self_attn.forget_gate.", ".self_attn.")
+    if re.search(r"\.mlp\.(gate|experts|shared_experts)\.", name):
+        name = name.replace(".mlp.", ".block_sparse_moe.")
+    if name.endswith(".conv1d.weight"):
+        for letter, part in zip("qkv", tensor.chunk(3, dim=0), strict=True):
+            yield name.replace(".conv1d.", f".{letter}_conv1d."), part
+    elif name.endswith(".experts.gate_up_proj"):
+        for expert, both in enumerate(tensor):
+            gate, up = both.chunk(2, dim=0)
+            yield name.replace("gate_up_proj", f"{expert}.w1.weight"), gate
+            yield name.replace("gate_up_proj", f"{expert}.w3.weight"), up
+    elif name.endswith(".experts.down_proj"):
+        for expert, down in enumerate(tensor):
+            yield name.replace("down_proj", f"{expert}.w2.weight"), down
+    else:
+        yield name, tensor
+
+
+def hub_fp32_name(key: str) -> str:
+    """'layers.3.A_log' -> 'model.layers.3.self_attn.A_log', the released checkpoint's name of an fp32 tensor."""
+    layers, index, name = key.split(".")
+    place = "block_sparse_moe.gate" if name in FP32_BUFFERS else "self_attn"
+    return f"model.{layers}.{index}.{place}.{name}"
 
 
 # ---------------------------------------------------------------------------------------------- what is trained

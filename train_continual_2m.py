@@ -350,7 +350,7 @@ def train(config: TrainConfig, deepspeed_json: str, dataset, schedule, shape, pl
     optimizer = make_optimizer(model, config, deepspeed_json, log)
     engine, _ = accelerator.prepare(model, optimizer)
     kimi_model.restore_fp32_buffers(engine.module, fp32_buffers)
-    fp32 = kimi_model.Fp32Optimizer(fp32_leaves, config)
+    fp32 = kimi_model.Fp32Optimizer(fp32_leaves, fp32_buffers, config)
     if resume_path:
         checkpointing.load_checkpoint(engine, fp32, resume_path)
         log.line(f"resumed from {resume_path}: step {progress.step}, {human_count(progress.tokens_seen)} tokens seen")
@@ -381,6 +381,8 @@ def train(config: TrainConfig, deepspeed_json: str, dataset, schedule, shape, pl
             world_size=accelerator.num_processes,
             manifest_hash=dataset.manifest_hash,
             model_fingerprint=fingerprint,
+            model=config.model_config or config.model_name_or_path,
+            tokenizer=dataset.manifest.tokenizer_name,
             options=checkpointing.options_of(config),
             versions=versions(PACKAGES),
         )

@@ -30,6 +30,8 @@ STATE = checkpointing.TrainerState(
     world_size=2,
     manifest_hash="m" * 64,
     model_fingerprint="f" * 64,
+    model="somewhere",
+    tokenizer="words",
     options=checkpointing.options_of(TrainConfig()),
     versions={},
 )

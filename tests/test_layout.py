@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = {path.stem: path for path in ROOT.glob("*.py")}
-ENTRIES = ("train_continual_2m", "tokenize_dataset", "memory_utils")
+ENTRIES = ("train_continual_2m", "tokenize_dataset", "memory_utils", "checkpointing")
 
 
 def imports_of(path: Path) -> set[str]:

@@ -8,6 +8,14 @@ import time
 import launched
 import pytest
 import tiny
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import checkpointing
+import data_loader
+import kimi_model
+from config import TrainConfig, parse_curriculum
 
 CURRICULUM = "0:64,3:96,6:128"  # stage switches before steps 3 and 6
 STEPS = 8
@@ -99,10 +107,46 @@ def test_one_rank_equals_two_and_accumulation_equals_batch(options, folder):
     found = {}
     for name, (ranks, accumulation, batch) in shapes.items():
         extra = ("--no-bf16", "--per_device_train_batch_size", str(batch), "--stop_after_steps", "5")
+        extra += ("--save_steps", "3")
         launched.train(*options(name, *extra, accumulation=accumulation), ranks=ranks)
         found[name] = launched.losses(folder / name)
     assert found["2x2"] == pytest.approx(found["1x4"], rel=2e-6)
     assert found["2x1"] == pytest.approx(found["1x4"], rel=2e-6)
+
+
+def test_exported_checkpoint_gives_the_trainers_loss_in_stock_transformers(options, folder, tmp_path):
+    """The state after step 3, exported: a stock model's loss on step 4's sequences is what the trainer logged for it."""
+    output = folder / "2x2"
+    checkpoint = output / "checkpoint-step3"
+    assert checkpoint.is_dir(), "made by test_one_rank_equals_two_and_accumulation_equals_batch"
+    checkpointing.export(checkpoint, tmp_path / "model")
+    # the names are the released checkpoint's
+    index = json.loads((tmp_path / "model" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == set(tiny.hub_tensors(tiny.CONFIG))
+    model, report = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", dtype=torch.float32, output_loading_info=True
+    )
+    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+    kimi_model.use_reference_kernels(model)
+    dataset = data_loader.open_dataset(str(folder / "tokens"))
+    schedule = data_loader.Schedule(
+        stages=parse_curriculum(CURRICULUM),
+        num_train_steps=STEPS,
+        world_size=1,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=4,
+    )
+    loader = data_loader.WindowLoader(dataset, schedule, seed=TrainConfig().seed, rank=0)
+    with torch.no_grad():
+        losses = []
+        for micro_step in range(4):
+            ids = torch.from_numpy(loader.micro_batch(3, micro_step))
+            losses.append(model(input_ids=ids, labels=ids, use_cache=False).loss.item())
+    loader.close()
+    assert sum(losses) / 4 == pytest.approx(launched.metrics(output)[4]["loss"], rel=1e-6)
+    # fp32 stays fp32, bit for bit
+    saved = load_file(checkpoint / "fp32.safetensors")["layers.0.A_log.value"]
+    assert torch.equal(model.model.layers[0].self_attn.forget_gate.A_log.detach(), saved)
 
 
 def test_reference_engine_gives_the_same_losses(options, folder):
