@@ -79,9 +79,13 @@ class Unit:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row. `text` is None where the row has none; `replaced` tells that characters became U+FFFD."""
+    """One row. `text` is None where the row has none; `replaced` tells that characters became U+FFFD.
+
+    `text_bytes` is the text's size as UTF-8.
+    """
 
     text: str | None
+    text_bytes: int = 0
     replaced: bool = False
 
 
@@ -312,21 +316,22 @@ def _clean(value, where, replaced: bool = False) -> Row:
         return Row(None)
     if isinstance(value, bytes):
         try:
-            return Row(value.decode())
+            return Row(value.decode(), len(value))
         except UnicodeDecodeError:
-            return Row(value.decode(errors="replace"), True)
-    if not isinstance(value, str):
+            text, replaced = value.decode(errors="replace"), True
+    elif isinstance(value, str):
+        text = value
+    else:
         shown = repr(value)[:60]
         raise UserError(
             f"{where()}: the text column holds {type(value).__name__} {shown}, not text; clean the row first"
         )
-    if not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            # through UTF-16, so that two halves of one character become that character
-            return Row(value.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), True)
-    return Row(value, replaced)
+    try:
+        return Row(text, len(text) if text.isascii() else len(text.encode()), replaced)
+    except UnicodeEncodeError:
+        # through UTF-16, so that two halves of one character become that character
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return Row(text, len(text.encode()), True)
 
 
 def _text_file(file: SourceFile) -> Row:

@@ -297,7 +297,7 @@ def batches(rows: Iterable[Row], room: Callable[[], int]) -> Iterator[tuple[list
             texts.append(row.text)
             chars += len(row.text)
             counts["replaced"] += row.replaced
-            counts["text_bytes"] += len(row.text) if row.text.isascii() else len(row.text.encode())
+            counts["text_bytes"] += row.text_bytes
         if chars >= BATCH_CHARS or len(texts) >= min(BATCH_DOCUMENTS, room()):
             yield texts, counts
             texts, chars, counts = [], 0, dict.fromkeys(counts, 0)

@@ -351,7 +351,7 @@ def kills(args: argparse.Namespace) -> dict:
     data, kimi = args.work / "corpus.parquet", args.work / "kimi"
     options = ("--num_workers", args.workers)
     subprocess.run(command(data, kimi, whole, *options), cwd=ROOT, check=True, capture_output=True)
-    hits = kill_until_done(command(data, kimi, killed, *options), killed, kills=args.kills, seed=1)
+    hits = kill_until_done(command(data, kimi, killed, *options), killed, kills=args.kills, seed=1, longest_wait_s=2.0)
     same = content(whole) == content(killed)
     return {"kills": args.kills, "hit_running_work": hits, "byte_identical": same, "files": len(content(whole))}
 
