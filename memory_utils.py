@@ -27,6 +27,7 @@ import os
 import re
 from collections import Counter
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 
 import engine_plan
@@ -35,6 +36,7 @@ from hardware import RATES, Gpu, find_gpu, found_gpus, host_memory, sequence_sec
 from hardware import peak_flops as peak_flops
 from model_shape import KIMI_LINEAR_48B as KIMI_LINEAR_48B
 from model_shape import ModelShape, model_flops_per_step
+from phase_profiler import PhasePeak
 from phase_profiler import PhaseProfiler as PhaseProfiler
 from run_log import human_count, human_time
 
@@ -627,9 +629,19 @@ def read_zero(config: TrainConfig) -> ZeroSettings:
     return ZeroSettings.from_json(read_json(config.deepspeed) if config.deepspeed else {}, bf16=config.bf16)
 
 
+def set_allocator(environ=os.environ) -> None:
+    """Set PYTORCH_ALLOC_CONF to ALLOCATOR_SETTINGS unless the user set it. Call it before torch is imported."""
+    if "PYTORCH_ALLOC_CONF" in environ or "PYTORCH_CUDA_ALLOC_CONF" in environ:
+        return
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        if tuple(int(n) for n in re.findall(r"\d+", metadata.version("torch"))[:2]) < (2, 13):
+            return  # an older torch refuses a setting it does not know
+    environ["PYTORCH_ALLOC_CONF"] = ALLOCATOR_SETTINGS
+
+
 def pinned_round_limit(environ) -> int | None:
     """The size in bytes above which torch neither rounds nor keeps pinned blocks (PYTORCH_ALLOC_CONF); None: no limit."""
-    settings = environ.get("PYTORCH_ALLOC_CONF", environ.get("PYTORCH_CUDA_ALLOC_CONF", ALLOCATOR_SETTINGS))
+    settings = environ.get("PYTORCH_ALLOC_CONF", environ.get("PYTORCH_CUDA_ALLOC_CONF", ""))
     match = re.search(r"pinned_max_round_threshold_mb:(\d+)", settings)
     return int(match[1]) * 2**20 if match else None
 
@@ -701,6 +713,20 @@ def _time_lines(plan: Plan, row) -> list[str]:
         f"whole schedule: {human_count(plan.total_tokens)} tokens in {human_time(seconds)}, "
         f"{seconds / 3600 * plan.machine.num_gpus:,.0f} GPU hours, cost {cost}"
     ]
+
+
+def compare_text(plan: Plan, seq_length: int, peaks: dict[str, PhasePeak]) -> str:
+    """One line: predicted beside measured for this rank, over all phases a profiler saw at this length."""
+    stage = next(stage for stage in plan.stages if stage.seq_length == seq_length)
+    # the context lies outside the allocator, whose reserve is what the profiler reads
+    gpu = (stage.gpu_bytes - GPU_CONTEXT, max((p.gpu_reserved for p in peaks.values()), default=0))
+    host = (stage.host_bytes / plan.machine.local_gpus, max((p.process for p in peaks.values()), default=0))
+    pairs = [("GPU", *gpu)] if plan.machine.gpu_limit else []
+    parts = [
+        f"{what} predicted {predicted / GIB:.2f}, measured {measured / GIB:.2f} GiB ({measured / predicted - 1:+.1%})"
+        for what, predicted, measured in (*pairs, ("process", *host))
+    ]
+    return f"memory of this rank at {seq_length:,} tokens: {'; '.join(parts)}"
 
 
 # ---------------------------------------------------------------------------------------------- what to change
@@ -953,6 +979,8 @@ def main() -> int:
     arguments, rest = build_parser().parse_known_args()
     config = load_config(rest)
     shape = read_shape(config)
+
+    set_allocator()  # as the trainer does, so that the same memory is planned
 
     # --- the machine: what is named, else what is here
     gpu, gpu_memory_gib, note = arguments.gpu, config.gpu_memory_gib, None

@@ -20,7 +20,7 @@ from config import TrainConfig, UserError, cross_check, load_config, read_json, 
 from hardware import RATES, attention_rates, find_gpu
 from memory_utils import KIMI_LINEAR_48B, PinnedPool, ZeroSettings, plan_run, suggest, zero_memory
 from model_shape import ModelShape, forward_flops, model_flops_per_step
-from phase_profiler import PhaseProfiler
+from phase_profiler import PhasePeak, PhaseProfiler
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
@@ -63,10 +63,9 @@ SETS = {
 
 @pytest.fixture(autouse=True)
 def _at_root(monkeypatch):
-    """The shipped configs name each other relative to the repository's root."""
+    """The shipped configs name each other relative to the repository's root; the allocator is set as the trainer does."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
-    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", memory_utils.ALLOCATOR_SETTINGS)
 
 
 def planned(name: str, **changes):
@@ -286,10 +285,20 @@ def test_the_allocators_settings_decide_the_rounding():
     config = load_config(["--config", "config_h100_2x.yaml"])
     machine = {"num_gpus": 2, "gpu": "h100", "gpu_memory_gib": None, "host_memory_gib": 2048}
     lost = {}
-    for name, environ in (("default", {}), ("torch's own", {"PYTORCH_ALLOC_CONF": "expandable_segments:True"})):
+    ours: dict = {}
+    memory_utils.set_allocator(ours)
+    for name, environ in (("ours", ours), ("torch's own", {"PYTORCH_ALLOC_CONF": "expandable_segments:True"})):
         stage = plan_run(config, KIMI_LINEAR_48B, environ=environ, **machine).stages[-1]
         lost[name] = stage.memory.pinned["pinned blocks: rounding, cache"]
-    assert lost["default"] < 8 * GIB and lost["torch's own"] > 300 * GIB
+    assert lost["ours"] < 8 * GIB and lost["torch's own"] > 300 * GIB
+    users = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:False"}
+    memory_utils.set_allocator(users)
+    assert users == {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:False"}
+
+
+def test_torch_knows_the_allocators_settings():
+    code = f"import torch; torch._C._accelerator_setAllocatorSettings({memory_utils.ALLOCATOR_SETTINGS!r})"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
 WORKER = """
@@ -646,6 +655,19 @@ def test_profiler_refuses_nesting_and_survives_an_exception():
     with profiler.phase("next"):
         pass
     assert set(profiler.peaks) == {"outer", "next"}
+
+
+def test_predicted_beside_measured_in_one_line():
+    _, _, plan = planned("config_h100_2x.yaml")
+    stage = plan.stages[0]
+    reserved, process = int(1.1 * (stage.gpu_bytes - memory_utils.GPU_CONTEXT)), stage.host_bytes // 4
+    peaks = {"forward": PhasePeak(), "backward": PhasePeak(gpu_reserved=reserved, process=process)}
+    text = memory_utils.compare_text(plan, 1048576, peaks)
+    assert re.fullmatch(
+        r"memory of this rank at 1,048,576 tokens: GPU predicted [\d.]+, measured [\d.]+ GiB \(\+10\.0%\); "
+        r"process predicted [\d.]+, measured [\d.]+ GiB \(-50\.0%\)",
+        text,
+    )
 
 
 @pytest.mark.gpu
