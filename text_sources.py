@@ -88,6 +88,11 @@ class Row:
     text_bytes: int = 0
     replaced: bool = False
 
+    @property
+    def has_text(self) -> bool:
+        """Whether the row becomes a document: not null, not empty, not only white space."""
+        return bool(self.text) and not self.text.isspace()
+
 
 # ---------------------------------------------------------------------------- finding the files
 

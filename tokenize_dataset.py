@@ -29,7 +29,6 @@ import hashlib
 import itertools
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -52,6 +51,7 @@ from data_loader import (
     read_manifest,
     write_file_durably,
 )
+from progress import ProgressLine
 from run_log import human_count, human_time, say
 from text_sources import SUFFIXES, Row, Source, Unit, cut_units, find_source, read_unit
 
@@ -104,7 +104,15 @@ def build_parser() -> argparse.ArgumentParser:
         default="auto",
         help="auto: fastokens where it is installed and proves to give the tokenizer's own ids, else the reference",
     )
-    add("--verify", action="store_true", help="check the shards in --output_dir against their manifest, and exit")
+    add(
+        "--verify",
+        nargs="?",
+        const="full",
+        choices=("quick", "full"),
+        help="check --output_dir and exit; quick: sizes, indexes and totals; full (the default): also checksums and every "
+        "token, and, where --dataset_name and --tokenizer are given, a sample tokenized again from the source",
+    )
+    add("--report", help="with --verify: write what was found as JSON to this file")
     return parser
 
 
@@ -291,7 +299,7 @@ def batches(rows: Iterable[Row], room: Callable[[], int]) -> Iterator[tuple[list
     chars = 0
     for row in rows:
         counts["rows"] += 1
-        if row.text is None or not row.text or row.text.isspace():
+        if not row.has_text:
             counts["dropped"] += 1
         else:
             texts.append(row.text)
@@ -368,45 +376,28 @@ class UnitWriter:
 # ---------------------------------------------------------------------------- all units
 
 
-class Progress:
-    """One line of progress: redrawn on a terminal, printed now and then elsewhere."""
+class UnitProgress:
+    """Adds up what the workers report, in bytes of text: whole units and the begun part of the others."""
 
-    def __init__(self, total_bytes: int, done_bytes: int, *, out=sys.stderr):
-        self.total_bytes, self.first_bytes, self.done_bytes = max(1, total_bytes), done_bytes, done_bytes
-        self.documents = self.tokens = 0
-        self._inside: dict[int, int] = {}
-        self._begin = time.monotonic()
-        self._out = out
-        self._is_terminal = out.isatty()
-        self._next = self._begin + (0.2 if self._is_terminal else 10)
-
-    def warn(self, text: str) -> None:
-        print(f"\nWARNING: {text}" if self._is_terminal else f"WARNING: {text}", file=self._out, flush=True)
+    def __init__(self, units: list[Unit], finished: set[int]):
+        done = sum(unit.text_bytes for unit in units if unit.index in finished)
+        self.line = ProgressLine("tokenizing", total=sum(unit.text_bytes for unit in units), first=done)
+        self._finished_bytes = done
+        self._begun: dict[int, int] = {}
 
     def add(self, unit: Unit, *, documents: int, tokens: int, text_bytes: int) -> None:
-        self.documents, self.tokens = self.documents + documents, self.tokens + tokens
-        self._inside[unit.index] = min(unit.text_bytes, self._inside.get(unit.index, 0) + text_bytes)
-        if time.monotonic() >= self._next:
-            self.draw()
+        self._begun[unit.index] = min(unit.text_bytes, self._begun.get(unit.index, 0) + text_bytes)
+        self.line.add(documents=documents, tokens=tokens)
+        self._update()
 
-    def finish_unit(self, unit: Unit) -> None:
-        self._inside.pop(unit.index, None)
-        self.done_bytes += unit.text_bytes
+    def finish(self, unit: Unit) -> None:
+        self._begun.pop(unit.index, None)
+        self._finished_bytes += unit.text_bytes
+        self._update()
 
-    def draw(self, end: str = "") -> None:
-        elapsed = time.monotonic() - self._begin
-        done = self.done_bytes + sum(self._inside.values())
-        now = done - self.first_bytes
-        left = elapsed * (self.total_bytes - done) / now if now else float("inf")
-        line = (
-            f"tokenizing {100 * done / self.total_bytes:5.1f}% | {self.documents:,} documents | {human_count(self.tokens)} "
-            f"tokens | {human_count(self.tokens / max(elapsed, 1e-9))} tokens/s | {human_time(left)} left"
-        )
-        print(
-            f"\r{line:<100}{end}" if self._is_terminal else line, end=end if self._is_terminal else "\n", file=self._out
-        )
-        self._out.flush()
-        self._next = time.monotonic() + (0.2 if self._is_terminal else 10)
+    def _update(self) -> None:
+        self.line.done = self._finished_bytes + sum(self._begun.values())
+        self.line.draw_if_due()
 
 
 def finished_records(folder: Path, units: list[Unit], plan_sha256: str) -> dict[int, dict]:
@@ -439,8 +430,7 @@ def tokenize_units(job: TokenizeJob, units: list[Unit], records: dict[int, dict]
         return tokens > args.max_tokens
 
     todo = [unit for unit in units if unit.index not in records]
-    done_bytes = sum(unit.text_bytes for unit in units if unit.index in records)
-    progress = Progress(sum(unit.text_bytes for unit in units), done_bytes)
+    progress = UnitProgress(units, set(records))
 
     def tasks():
         for unit in todo:
@@ -456,7 +446,7 @@ def tokenize_units(job: TokenizeJob, units: list[Unit], records: dict[int, dict]
                 say(f"encoder: {counts['encoder']}")
             encoders_said.add(counts["encoder"])
         elif "warning" in counts:
-            progress.warn(counts["warning"])
+            progress.line.warn(counts["warning"])
         else:
             progress.add(task[0], **counts)
 
@@ -464,7 +454,7 @@ def tokenize_units(job: TokenizeJob, units: list[Unit], records: dict[int, dict]
     try:
         for (unit, _), record in process_pool.run(job, tasks(), workers=workers, on_progress=on_report):
             records[unit.index] = record
-            progress.finish_unit(unit)
+            progress.finish(unit)
     except process_pool.WorkerLost as lost:
         unit = f"unit {lost.task[0].index}" if lost.task else "start-up"
         raise UserError(
@@ -472,7 +462,7 @@ def tokenize_units(job: TokenizeJob, units: list[Unit], records: dict[int, dict]
             "want of memory; run the same command with fewer --num_workers, it goes on where it stopped"
         ) from None
     if todo:
-        progress.draw(end="\n")
+        progress.line.close()
 
 
 def apply_max_tokens(job: TokenizeJob, units: list[Unit], records: dict[int, dict], max_tokens: int) -> dict[int, dict]:
@@ -531,6 +521,7 @@ def build_manifest(plan: dict, records: list[dict]) -> Manifest:
             "longest": max(record["longest"] for record in records),
             "length_classes": list(LENGTH_CLASSES),
             **columns,
+            "units": {key: [r[key] for r in records] for key in ("unit", "rows", "dropped", "documents")},
         },
         source=plan["source"],
     )
@@ -590,10 +581,9 @@ def check_options(args: argparse.Namespace) -> None:
         raise UserError("\n".join(problems))
 
 
-def tokenize(args: argparse.Namespace) -> Manifest:
-    """Everything from the plan to the manifest. Raises UserError before anything is written where it can."""
+def find_inputs(args: argparse.Namespace) -> tuple[Source, encoders.TokenizerSpec]:
+    """The source and the tokenizer that the options name. Raises UserError."""
     spec = encoders.find_tokenizer(args.tokenizer, eos_token=args.eos_token, trust_remote_code=args.trust_remote_code)
-    say(f"tokenizer: {spec.name} ({spec.vocab_size:,} ids, documents end in {spec.eos_token!r} = {spec.eos_token_id})")
     source = find_source(
         args.dataset_name,
         config=args.dataset_config,
@@ -601,6 +591,13 @@ def tokenize(args: argparse.Namespace) -> Manifest:
         text_column=args.text_column,
         threads=args.num_workers,
     )
+    return source, spec
+
+
+def tokenize(args: argparse.Namespace) -> Manifest:
+    """Everything from the plan to the manifest. Raises UserError before anything is written where it can."""
+    source, spec = find_inputs(args)
+    say(f"tokenizer: {spec.name} ({spec.vocab_size:,} ids, documents end in {spec.eos_token!r} = {spec.eos_token_id})")
     plan = make_plan(args, source, spec)
     folder = Path(args.output_dir)
     try:
@@ -653,7 +650,13 @@ def main(argv: list[str] | None = None) -> int:
     if args.verify:
         from verify_shards import verify
 
-        return verify(Path(args.output_dir), workers=args.num_workers)
+        return verify(
+            Path(args.output_dir),
+            workers=args.num_workers,
+            depth=args.verify,
+            source_and_spec=find_inputs(args) if args.dataset_name else None,
+            report_path=args.report,
+        )
     begin = time.monotonic()
     manifest = tokenize(args)
     say(summary(manifest))

@@ -1,32 +1,44 @@
-"""Check finished token shards against their manifest and against themselves (`tokenize_dataset.py --verify`).
+"""Check finished token shards against their manifest, themselves and their source (`tokenize_dataset.py --verify`).
 
     report = check_folder(Path("./data/tokenized_2m"), workers=2)     # report["problems"] names shard and document
 
-Per shard, in parallel: sizes and sha256 of both files, the index sound, every document ending in EOS with none inside,
-every id below the vocabulary. Over all: the totals that the manifest states. Writes nothing into the folder.
+quick: the files' sizes, the indexes sound, the totals that the manifest states, each source row accounted for once.
+full:  also, per shard and in parallel, the sha256 of both files, every document ending in EOS with none inside and every
+       id below the vocabulary; and, where the source and the tokenizer are given, a seeded sample of units read again:
+       every row of them one document or counted as dropped, and sampled documents tokenized again and decoded back.
+
+Writes nothing into the folder.
 """
 
 from __future__ import annotations
 
 import hashlib
-import sys
+import json
+import random
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+import encoders
 import process_pool
 from config import UserError
-from data_loader import TOKEN_DTYPE, Manifest, ShardInfo, ShardReader, read_manifest
+from data_loader import PLAN, TOKEN_DTYPE, Manifest, ShardInfo, ShardReader, read_manifest
+from progress import ProgressLine
 from run_log import human_count, human_time, say
+from text_sources import Source, Unit, read_unit
 
+SAMPLED_UNITS = 8
+SAMPLED_DOCUMENTS = 25  # of each sampled unit
 CHUNK_TOKENS = 1 << 21
 MOST_PROBLEMS = 20  # per shard; a damaged shard would otherwise name every document
 
 
-def check_shard(folder: Path, shard: ShardInfo, *, vocab_size: int, eos_token_id: int) -> list[str]:
-    """Everything wrong with one shard, a sentence each; an empty list for a sound one."""
+def check_shard(
+    folder: Path, shard: ShardInfo, *, vocab_size: int, eos_token_id: int, depth: str = "full"
+) -> list[str]:
+    """Everything wrong with one shard, a sentence each; an empty list for a sound one. `depth`: "quick" or "full"."""
     problems = []
     for suffix, size, digest in (
         ("bin", shard.bin_bytes, shard.bin_sha256),
@@ -35,11 +47,12 @@ def check_shard(folder: Path, shard: ShardInfo, *, vocab_size: int, eos_token_id
         path = folder / f"{shard.name}.{suffix}"
         try:
             with open(path, "rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
+                found = hashlib.file_digest(file, "sha256").hexdigest() if depth == "full" else digest
+            found_size = path.stat().st_size
         except OSError as error:
             return [f"{shard.name}: {path.name} cannot be read ({error.strerror})"]
-        if path.stat().st_size != size:
-            return [f"{shard.name}: {path.name} has {path.stat().st_size:,} bytes, the manifest says {size:,}"]
+        if found_size != size:
+            return [f"{shard.name}: {path.name} has {found_size:,} bytes, the manifest says {size:,}"]
         if found != digest:
             problems.append(f"{shard.name}: the sha256 of {path.name} is not the manifest's: the file was changed")
     with ShardReader(folder, shard.name) as reader:
@@ -53,7 +66,8 @@ def check_shard(folder: Path, shard: ShardInfo, *, vocab_size: int, eos_token_id
                 f"the manifest says {shard.documents:,} and {shard.tokens:,}"
             )
             return problems
-        problems += _check_tokens(reader, shard, ends, vocab_size, eos_token_id)
+        if depth == "full":
+            problems += _check_tokens(reader, shard, ends, vocab_size, eos_token_id)
     return problems[:MOST_PROBLEMS]
 
 
@@ -82,17 +96,65 @@ def _check_tokens(reader: ShardReader, shard: ShardInfo, ends: np.ndarray, vocab
 
 @dataclass(frozen=True)
 class VerifyJob:
-    """Tasks are shards; a result is the shard's list of problems."""
+    """Tasks are shards, or (unit, its shards) to compare with the source; a result is a list of problems."""
 
     folder: Path
-    vocab_size: int
-    eos_token_id: int
+    manifest: Manifest
+    depth: str
+    source: Source | None = None
+    spec: encoders.TokenizerSpec | None = None
 
-    def start(self, report) -> None:
-        return None
+    def start(self, report) -> list[encoders.Encoder]:
+        return []  # the reference encoder, loaded by the first task that needs it
 
-    def work(self, state, shard: ShardInfo, report) -> list[str]:
-        return check_shard(self.folder, shard, vocab_size=self.vocab_size, eos_token_id=self.eos_token_id)
+    def work(self, state: list, task, report) -> list[str]:
+        if isinstance(task, ShardInfo):
+            vocab_size, eos = self.manifest.vocab_size, self.manifest.eos_token_id
+            return check_shard(self.folder, task, vocab_size=vocab_size, eos_token_id=eos, depth=self.depth)
+        if not state:
+            state.append(encoders.load_encoder(self.spec))
+        return check_unit(self, state[0], *task)
+
+
+def check_unit(job: VerifyJob, encoder: encoders.Encoder, unit: Unit, shards: list[ShardInfo]) -> list[str]:
+    """Read a unit again: its rows with text must be its documents, in order, and sampled ones have the same ids."""
+    documents = sum(shard.documents for shard in shards)
+    sample = set(random.Random(f"verify/{unit.index}").sample(range(documents), min(SAMPLED_DOCUMENTS, documents)))
+    readers = [ShardReader(job.folder, shard.name) for shard in shards]
+    problems: list[str] = []
+    number = 0
+    cut_short = job.manifest.total_tokens and unit.index == max(job.manifest.statistics["units"]["unit"])
+    for row in read_unit(job.source, unit):
+        if not row.has_text:
+            continue
+        if number == documents and cut_short:
+            break  # --max_tokens ended here
+        if number in sample:
+            shard, index = 0, number
+            while index >= shards[shard].documents:
+                index -= shards[shard].documents
+                shard += 1
+            problems += _compare_document(
+                job, encoder, row.text, readers[shard].document(index), shards[shard].name, index
+            )
+        number += 1
+    for reader in readers:
+        reader.close()
+    if number != documents:
+        problems.append(
+            f"unit {unit.index}: its source has {number:,} rows with text but its shards {documents:,} documents"
+        )
+    return problems
+
+
+def _compare_document(job: VerifyJob, encoder, text: str, stored: np.ndarray, shard: str, index: int) -> list[str]:
+    tokens, _ = encoder.encode([text])
+    if not np.array_equal(stored[:-1], tokens):
+        return [f"{shard}: document {index} is not what its source gives when tokenized again ({text[:40]!r}...)"]
+    # byte-level vocabularies lose nothing; others may normalize, so only Kimi's format promises the way back
+    if job.spec.format == "kimi" and encoder.decode(stored[:-1]) != text:
+        return [f"{shard}: document {index} does not decode to its source ({text[:40]!r}...)"]
+    return []
 
 
 def check_totals(manifest: Manifest) -> list[str]:
@@ -108,44 +170,109 @@ def check_totals(manifest: Manifest) -> list[str]:
     return problems
 
 
-def check_folder(folder: Path, *, workers: int) -> dict:
-    """The report on a folder: {"ok", "shards", "documents", "tokens", "problems"}. Raises UserError without a manifest."""
+def check_units(folder: Path, manifest: Manifest) -> list[str]:
+    """Whether each source row is accounted for exactly once: the plan's units, their rows, and the shards' documents."""
+    units = manifest.statistics.get("units")
+    if not units:
+        return ["manifest: it does not say which units its shards come from"]
+    plan = json.loads((folder / PLAN).read_bytes())
+    problems = []
+    expected = [unit["index"] for unit in plan["units"]]
+    if plan["options"]["max_tokens"] is not None:
+        expected = expected[: len(units["unit"])]
+    if units["unit"] != expected:
+        problems.append("manifest: its units are not the plan's, each once and in order")
+    in_shards = dict.fromkeys(units["unit"], 0)
+    for shard in manifest.shards:
+        unit = int(shard.name.split("_")[1])
+        in_shards[unit] = in_shards.get(unit, 0) + shard.documents
+    columns = (units[key] for key in ("unit", "rows", "dropped", "documents"))
+    for place, (unit, rows, dropped, documents) in enumerate(zip(*columns, strict=True)):
+        if rows != dropped + documents or in_shards[unit] != documents:
+            problems.append(
+                f"unit {unit}: {rows:,} rows, {dropped:,} dropped, {documents:,} documents, {in_shards[unit]:,} in its shards"
+            )
+        planned = plan["units"][place]["rows"]
+        last = plan["options"]["max_tokens"] is not None and place == len(units["unit"]) - 1
+        if planned is not None and planned != rows and not last:
+            problems.append(f"unit {unit}: {rows:,} rows were read but the source has {planned:,}")
+    return problems
+
+
+def sampled_units(folder: Path, manifest: Manifest, source: Source, spec: encoders.TokenizerSpec) -> list[tuple]:
+    """(unit, its shards) of a seeded sample. Raises UserError if source or tokenizer are not those of the folder."""
+    if source.fingerprint() != manifest.source:
+        raise UserError("dataset_name: this is not the source that the folder was made from (other files or content)")
+    if spec.content_hash != manifest.tokenizer_hash:
+        raise UserError(f"tokenizer: {spec.name} is not the tokenizer that the folder was made with")
+    plan = json.loads((folder / PLAN).read_bytes())
+    done = [
+        unit for unit in (Unit(**unit) for unit in plan["units"]) if unit.index in manifest.statistics["units"]["unit"]
+    ]
+    sample = random.Random("verify").sample(done, min(SAMPLED_UNITS, len(done)))
+    return [(u, [s for s in manifest.shards if int(s.name.split("_")[1]) == u.index]) for u in sample]
+
+
+def check_folder(
+    folder: Path,
+    *,
+    workers: int,
+    depth: str = "full",
+    source_and_spec: tuple[Source, encoders.TokenizerSpec] | None = None,
+) -> dict:
+    """The report on a folder: {"ok", "depth", "shards", ..., "problems"}. Raises UserError without a manifest."""
     if not folder.is_dir():
         raise UserError(f"output_dir: the folder {folder} does not exist")
     manifest, digest = read_manifest(folder)
-    problems = check_totals(manifest)
-    job = VerifyJob(folder, manifest.vocab_size, manifest.eos_token_id)
-    done = 0
-    for shard, found in process_pool.run(job, manifest.shards, workers=max(1, min(workers, len(manifest.shards)))):
+    problems = check_totals(manifest) + check_units(folder, manifest)
+    tasks: list = list(manifest.shards)
+    source, spec = source_and_spec or (None, None)
+    units = sampled_units(folder, manifest, source, spec) if source and depth == "full" else []
+    bar = ProgressLine("verifying", total=manifest.total_tokens)
+    job = VerifyJob(folder, manifest, depth, source, spec)
+    for task, found in process_pool.run(job, [*tasks, *units], workers=max(1, min(workers, len(tasks)))):
         problems += found
-        done += shard.tokens
-        if sys.stderr.isatty():
-            print(
-                f"\rverifying {100 * done / max(1, manifest.total_tokens):5.1f}%", end="", file=sys.stderr, flush=True
-            )
-    if sys.stderr.isatty():
-        print(file=sys.stderr)
+        if isinstance(task, ShardInfo):
+            bar.done += task.tokens
+            bar.add(documents=task.documents, tokens=task.tokens)
+            bar.draw_if_due()
+    bar.close()
     return {
         "ok": not problems,
+        "depth": depth,
         "manifest_sha256": digest,
         "shards": len(manifest.shards),
         "documents": manifest.documents,
         "tokens": manifest.total_tokens,
+        "units_compared_with_source": [unit.index for unit, _ in units],
         "problems": sorted(problems),
     }
 
 
-def verify(folder: Path, *, workers: int) -> int:
+def verify(
+    folder: Path,
+    *,
+    workers: int,
+    depth: str = "full",
+    source_and_spec: tuple[Source, encoders.TokenizerSpec] | None = None,
+    report_path: str | None = None,
+) -> int:
     """Check a folder, say what was found, and return the exit code: 0 for sound, 1 for not."""
     begin = time.monotonic()
-    report = check_folder(folder, workers=workers)
+    report = check_folder(folder, workers=workers, depth=depth, source_and_spec=source_and_spec)
+    if report_path:
+        Path(report_path).write_text(json.dumps(report, indent=1) + "\n")
     for problem in report["problems"]:
-        print(f"error: {problem}", file=sys.stderr)
+        say(f"error: {problem}")
     if not report["ok"]:
         say(f"{folder}: NOT sound, {len(report['problems'])} problems")
         return 1
+    compared = report["units_compared_with_source"]
+    sampled = f"{len(compared)} units compared with the source" if compared else "not compared with the source"
     say(
-        f"{folder}: sound. {report['shards']} shards, {report['documents']:,} documents, "
-        f"{human_count(report['tokens'])} tokens checked in {human_time(time.monotonic() - begin)}"
+        f"{folder}: sound ({depth}: {report['shards']} shards, {report['documents']:,} documents, "
+        f"{human_count(report['tokens'])} tokens; {sampled}) in {human_time(time.monotonic() - begin)}"
     )
+    if not compared and depth == "full":
+        say("give --dataset_name, --text_column and --tokenizer as well to tokenize a sample of the source again")
     return 0

@@ -3,6 +3,7 @@
 import gzip
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -32,7 +33,8 @@ def kimi(tmp_path_factory) -> Path:
 def run(data, tokenizer, output, *more) -> int:
     """tokenize_dataset.py in this process, with one worker unless told otherwise."""
     words = ["--dataset_name", data, "--tokenizer", tokenizer, "--output_dir", output, "--num_workers", "1"]
-    return tokenize_dataset.main([str(word) for word in (*words, "--max_seq_length", 4096, *more)])
+    words += ["--encoder", "reference", "--max_seq_length", 4096]
+    return tokenize_dataset.main([str(word) for word in (*words, *more)])
 
 
 def documents(folder) -> list[list[int]]:
@@ -366,7 +368,7 @@ def test_verify_from_the_command_line_fails_and_names_the_shard(finished, tmp_pa
     command = [sys.executable, "tokenize_dataset.py", "--output_dir", str(finished), "--verify"]
     answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     path.write_bytes(whole)
-    assert answer.returncode == 1 and f"error: {shard.name}: the sha256 of {shard.name}.bin" in answer.stderr
+    assert answer.returncode == 1 and f"error: {shard.name}: the sha256 of {shard.name}.bin" in answer.stdout
     with pytest.raises(UserError, match=r"the folder .* does not exist"):
         verify_shards.check_folder(tmp_path / "none", workers=1)
 
@@ -383,6 +385,65 @@ def test_verify_finds_what_checksums_alone_would_not(finished, kimi):
     assert any("document 0 holds EOS" in p for p in problems)
     problems = verify_shards.check_shard(finished, shard, vocab_size=eos, eos_token_id=eos)
     assert any(f"holds id {eos}, not below {eos}" in p for p in problems)
+
+
+def rewritten(folder: Path, target: Path, change) -> Path:
+    """A copy of a finished folder whose manifest `change` has edited, as a wrong writer would have written it."""
+    shutil.copytree(folder, target)
+    values = json.loads((target / MANIFEST).read_text())
+    change(values)
+    (target / MANIFEST).write_text(json.dumps(values))
+    return target
+
+
+def test_quick_verify_checks_sizes_indexes_totals_and_rows(finished, tmp_path):
+    assert verify_shards.check_folder(finished, workers=1, depth="quick")["ok"]
+
+    def problems(name, change):
+        return verify_shards.check_folder(rewritten(finished, tmp_path / name, change), workers=1, depth="quick")[
+            "problems"
+        ]
+
+    assert any(
+        "total_tokens is" in p for p in problems("totals", lambda m: m.update(total_tokens=m["total_tokens"] + 1))
+    )
+
+    def lose_a_row(manifest):
+        manifest["statistics"]["rows"] -= 1
+        manifest["statistics"]["units"]["rows"][0] -= 1
+
+    assert any(p.startswith("unit 0: ") for p in problems("rows", lose_a_row))
+
+    def lose_a_shard(manifest):
+        lost = manifest["shards"].pop()
+        manifest["total_tokens"] -= lost["tokens"]
+
+    assert any("in its shards" in p for p in problems("shard", lose_a_shard))
+    broken = rewritten(finished, tmp_path / "index", lambda m: None)
+    name = open_dataset(str(finished)).manifest.shards[1].name
+    whole = (broken / f"{name}.idx").read_bytes()
+    (broken / f"{name}.idx").write_bytes(whole[:40] + b"\xff" + whole[41:])
+    assert any(p.startswith(name) for p in verify_shards.check_folder(broken, workers=1, depth="quick")["problems"])
+
+
+def test_full_verify_compares_a_sample_with_the_source(tmp_path, texts, kimi, capsys):
+    write(tmp_path / "d.jsonl", texts)
+    assert run(tmp_path / "d.jsonl", kimi, tmp_path / "o", "--shard_tokens", 30_000) == 0
+    words = ("--verify", "--report", tmp_path / "report.json")
+    assert run(tmp_path / "d.jsonl", kimi, tmp_path / "o", *words) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["ok"] and report["depth"] == "full" and len(report["units_compared_with_source"]) == 8
+    assert "8 units compared with the source" in capsys.readouterr().out
+    # shards that are sound in themselves but of another text: every checksum is right, the source is not
+    write(tmp_path / "e.jsonl", [text.replace("e", "E") for text in texts])
+    assert run(tmp_path / "e.jsonl", kimi, tmp_path / "other", "--shard_tokens", 30_000) == 0
+    source = json.loads((tmp_path / "o" / MANIFEST).read_text())["source"]
+    forged = rewritten(tmp_path / "other", tmp_path / "forged", lambda m: m.update(source=source))
+    assert run(tmp_path / "d.jsonl", kimi, forged, *words) == 1
+    problems = json.loads((tmp_path / "report.json").read_text())["problems"]
+    assert any("is not what its source gives when tokenized again" in p for p in problems)
+    with pytest.raises(UserError, match="this is not the source that the folder was made from"):
+        run(tmp_path / "e.jsonl", kimi, tmp_path / "o", "--verify")
 
 
 # ---------------------------------------------------------------------------- bad input
