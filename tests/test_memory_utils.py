@@ -16,11 +16,14 @@ from tiny import CONFIG as TINY
 
 import engine_plan
 import memory_utils
+import zero3_memory
 from config import TrainConfig, UserError, cross_check, load_config, read_json, read_yaml
 from hardware import RATES, attention_rates, find_gpu
-from memory_utils import KIMI_LINEAR_48B, PinnedPool, ZeroSettings, plan_run, suggest, zero_memory
+from kernels import REFERENCE_CHUNK
+from memory_utils import KIMI_LINEAR_48B, plan_run, suggest
 from model_shape import ModelShape, forward_flops, model_flops_per_step
 from phase_profiler import PhasePeak, PhaseProfiler
+from zero3_memory import PinnedPool, ZeroSettings, zero_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
@@ -65,7 +68,7 @@ SETS = {
 def _at_root(monkeypatch):
     """The shipped configs name each other relative to the repository's root; the allocator is set as the trainer does."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("PYTORCH_ALLOC_CONF", memory_utils.ALLOCATOR_SETTINGS)
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", zero3_memory.ALLOCATOR_SETTINGS)
 
 
 def planned(name: str, **changes):
@@ -286,18 +289,18 @@ def test_the_allocators_settings_decide_the_rounding():
     machine = {"num_gpus": 2, "gpu": "h100", "gpu_memory_gib": None, "host_memory_gib": 2048}
     lost = {}
     ours: dict = {}
-    memory_utils.set_allocator(ours)
+    zero3_memory.set_allocator(ours)
     for name, environ in (("ours", ours), ("torch's own", {"PYTORCH_ALLOC_CONF": "expandable_segments:True"})):
         stage = plan_run(config, KIMI_LINEAR_48B, environ=environ, **machine).stages[-1]
         lost[name] = stage.memory.pinned["pinned blocks: rounding, cache"]
     assert lost["ours"] < 8 * GIB and lost["torch's own"] > 300 * GIB
     users = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:False"}
-    memory_utils.set_allocator(users)
+    zero3_memory.set_allocator(users)
     assert users == {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:False"}
 
 
 def test_torch_knows_the_allocators_settings():
-    code = f"import torch; torch._C._accelerator_setAllocatorSettings({memory_utils.ALLOCATOR_SETTINGS!r})"
+    code = f"import torch; torch._C._accelerator_setAllocatorSettings({zero3_memory.ALLOCATOR_SETTINGS!r})"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
@@ -363,7 +366,7 @@ def test_zero_terms_are_those_of_deepspeed(tmp_path):
     assert memory.gpu["ZeRO reduce bucket"] == found[0]["bucket"]
     trained = [p for p in shape.parameters if p.trained("no_experts") and not p.own_fp32]
     halves = [[-(-p.numel // 2) for p in trained if (len(p.shape) > 1) == matrices] for matrices in (True, False)]
-    assert found[0]["sub-groups"] == [n for group in halves for n in memory_utils.sub_groups(group, 5000)]
+    assert found[0]["sub-groups"] == [n for group in halves for n in zero3_memory.sub_groups(group, 5000)]
     assert len(found[0]["sub-groups"]) > 2
 
 
@@ -506,6 +509,24 @@ def test_the_contract_command_lines_tokens_are_questioned():
     assert all(f"WARNING: {warning}" in plan.text() for warning in plan.warnings)
 
 
+def test_reference_engine_is_refused_at_length():
+    """Logits alone: 65,536 tokens x 163,840 words x (2 + 2 + 4 + 4) bytes = 120 GiB, 40 of them the fp32 copy."""
+    _, _, plan = planned("config_h100_2x.yaml", engine="reference", curriculum="0:65536")
+    assert plan.stages[0].memory.gpu["logits of every token"] == 120 * GIB
+    assert not plan.fits and "GPU memory is short" in plan.verdict
+    assert "WARNING: engine reference: " in plan.text()
+
+
+def test_more_machines_share_the_states_and_not_the_sequences():
+    config, machine, plan = planned("config_h100_2x.yaml")
+    both = plan_run(config, KIMI_LINEAR_48B, **{**machine, "num_gpus": 4, "num_machines": 2})
+    one, two = plan.stages[-1].memory, both.stages[-1].memory
+    assert two.pageable["Adam moments"] == pytest.approx(one.pageable["Adam moments"] / 2, rel=1e-6)
+    hidden = next(term for term in one.pinned if term.startswith("hidden states"))
+    assert two.pinned[hidden] == one.pinned[hidden]
+    assert "host 2,048 GiB in each of 2 machines" in both.text()
+
+
 def test_micro_steps_are_the_loaders():
     from data_loader import Schedule
 
@@ -551,6 +572,8 @@ def test_demo_on_the_cpu():
     stage = plan.stages[-1]
     assert not stage.memory.gpu and not stage.memory.pinned
     assert "n/a (no figures for this card)" in plan.text()
+    # 2 ranks x 60 tensors of T x chunk x H x K in fp32
+    assert stage.memory.pageable["freed, kept by malloc and oneDNN"] == 2 * 60 * 2048 * REFERENCE_CHUNK * 4 * 32 * 4
     owned = 4 * shape.total_parameters
     assert stage.memory.pageable["master weights"] == pytest.approx(owned, rel=1e-2)
     small = plan_run(config, shape, num_gpus=2, gpu=None, gpu_memory_gib=None, host_memory_gib=0.5)
