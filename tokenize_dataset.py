@@ -18,6 +18,9 @@ that says what changed. A second launcher on the folder refuses.
 
 Documents are never cut and each ends in EOS. Rows without text (null, empty, only white space) are dropped and counted;
 lone surrogates and invalid UTF-8 are replaced by U+FFFD and counted.
+
+Many machines that share the output folder: `--num_tasks 8 --task_index $I` in a job array, or `--ray` on a Ray cluster.
+The bytes are the same either way.
 """
 
 from __future__ import annotations
@@ -30,38 +33,34 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
 import encoders
 import process_pool
+from cluster_work import Claims, run_on_ray
 from config import HUB_MODEL, UserError, run_main
 from data_loader import (
     MANIFEST,
     PLAN,
-    TOKEN_DTYPE,
     Manifest,
     ShardInfo,
     ShardReader,
-    ShardWriter,
     fsync_folder,
     read_manifest,
     write_file_durably,
 )
 from progress import ProgressLine
 from run_log import human_count, human_time, say
-from text_sources import SUFFIXES, Row, Source, Unit, cut_units, find_source, read_unit
+from text_sources import SUFFIXES, Source, Unit, cut_units, find_source
+from token_units import LENGTH_CLASSES, TokenizeJob, finished_records
 
 PLAN_VERSION = 1
 TEXT_BYTES_PER_TOKEN = 4  # English prose and code; sizes units only
 MIN_UNIT_BYTES = 2 << 20  # below this the fsyncs of a unit are felt
 UNITS_AIMED_AT = 64  # a data set is cut at least this fine, so that the last unit is a small part of the run
-BATCH_CHARS = 1 << 20  # text encoded at once
-BATCH_DOCUMENTS = 1024
-LENGTH_CLASSES = (1 << 10, 1 << 12, 1 << 14, 1 << 16, 1 << 18, 1 << 20)  # borders of the length histogram, tokens
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -111,6 +110,20 @@ def build_parser() -> argparse.ArgumentParser:
         choices=("quick", "full"),
         help="check --output_dir and exit; quick: sizes, indexes and totals; full (the default): also checksums and every "
         "token, and, where --dataset_name and --tokenizer are given, a sample tokenized again from the source",
+    )
+    add(
+        "--num_tasks",
+        type=int,
+        help="tasks of a job array that share --output_dir; each is started with its --task_index",
+    )
+    add("--task_index", type=int, help="which task of --num_tasks this is, from 0; any task finishes what others left")
+    add("--finalize", action="store_true", help="only write the manifest of a folder whose units are all done")
+    add(
+        "--ray",
+        nargs="?",
+        const="auto",
+        metavar="ADDRESS",
+        help="do the units on a Ray cluster (default: this machine's) that shares --output_dir",
     )
     add("--report", help="with --verify: write what was found as JSON to this file")
     return parser
@@ -194,183 +207,23 @@ def adopt_plan(folder: Path, plan: dict) -> dict:
 
 
 @contextlib.contextmanager
-def only_launcher(folder: Path):
-    """Hold the folder's lock. Raises UserError if another launcher has it."""
+def only_launcher(folder: Path, *, shared: bool = False):
+    """Hold the folder's lock, alone or `shared` with the other tasks of a job array. Raises UserError if it is taken."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
                 f"output_dir: another tokenize_dataset.py is working in {folder}; wait for it or give another folder"
             ) from None
+        except OSError as error:
+            say(
+                f"WARNING: {folder} lies on a file system without locks ({error.strerror}); start only one launcher on it"
+            )
         yield
     finally:
         os.close(descriptor)
-
-
-# ---------------------------------------------------------------------------- one unit
-
-
-@dataclass(frozen=True)
-class TokenizeJob:
-    """Everything a worker needs: tasks are (unit, most documents to keep or None)."""
-
-    folder: str
-    source: Source
-    spec: encoders.TokenizerSpec
-    encoder: str
-    shard_tokens: int
-    plan_sha256: str
-
-    def start(self, report) -> list[encoders.Encoder]:
-        """The process's encoder, in a list so that `work` can replace it."""
-        encoder, why = encoders.choose_encoder(self.spec, self.encoder)
-        report(encoder=why)
-        return [encoder]
-
-    def work(self, state: list[encoders.Encoder], task: tuple[Unit, int | None], report) -> dict:
-        unit, max_documents = task
-        try:
-            return tokenize_unit(self, state[0], unit, report, max_documents=max_documents)
-        except encoders.EncoderMismatch as difference:
-            report(
-                warning=f"the fast encoder is not exact ({difference}); unit {unit.index} is done again and this process "
-                "goes on with the reference encoder"
-            )
-            state[0] = state[0].reference
-            return tokenize_unit(self, state[0], unit, report, max_documents=max_documents)
-
-
-def record_path(folder: Path, unit: int) -> Path:
-    return folder / f"unit_{unit:05d}.json"
-
-
-def tokenize_unit(job: TokenizeJob, encoder, unit: Unit, report, *, max_documents: int | None = None) -> dict:
-    """Write a unit's shards and then its record, which is returned. With `max_documents` only so many are kept."""
-    counts = {"rows": 0, "dropped": 0, "replaced": 0, "text_bytes": 0}
-    lengths_seen: list[np.ndarray] = []
-    try:
-        with UnitWriter(Path(job.folder), unit.index, job.shard_tokens) as writer:
-            kept = 0
-            room = lambda: BATCH_DOCUMENTS if max_documents is None else max_documents - kept  # noqa: E731
-            for texts, batch_counts in batches(read_unit(job.source, unit), room):
-                tokens, lengths = encode_documents(encoder, texts, job.spec, f"unit {unit.index}, row {counts['rows']}")
-                batch_counts["dropped"] += len(texts) - len(lengths)
-                kept += len(lengths)
-                writer.add(tokens, lengths)
-                lengths_seen.append(lengths)
-                for key in counts:
-                    counts[key] += batch_counts[key]
-                report(documents=len(lengths), tokens=len(tokens), text_bytes=batch_counts["text_bytes"])
-                if kept == max_documents:
-                    break
-            shards = writer.close()
-        lengths = np.concatenate(lengths_seen) if lengths_seen else np.zeros(0, np.int64)
-        classes = np.searchsorted(LENGTH_CLASSES, lengths, side="right")
-        record = {
-            "unit": unit.index,
-            "plan_sha256": job.plan_sha256,
-            "max_documents": max_documents,
-            "shards": [asdict(shard) for shard in shards],
-            **counts,
-            "documents": len(lengths),
-            "tokens": int(lengths.sum()),
-            "longest": int(lengths.max(initial=0)),
-            "class_documents": np.bincount(classes, minlength=len(LENGTH_CLASSES) + 1).tolist(),
-            "class_tokens": np.bincount(classes, lengths, len(LENGTH_CLASSES) + 1).astype(np.int64).tolist(),
-        }
-        write_file_durably(record_path(Path(job.folder), unit.index), json.dumps(record).encode())
-    except OSError as error:
-        raise UserError(
-            f"output_dir: writing to {job.folder} failed ({error.strerror or error}); finished units are kept: make room or mend "
-            "the disk, then run the same command again"
-        ) from None
-    return record
-
-
-def batches(rows: Iterable[Row], room: Callable[[], int]) -> Iterator[tuple[list[str], dict]]:
-    """Rows with text, some at a time, and what was counted on the way; a batch may be one long document.
-
-    A batch has at most `room()` texts, asked anew for each.
-    """
-    texts: list[str] = []
-    counts = {"rows": 0, "dropped": 0, "replaced": 0, "text_bytes": 0}
-    chars = 0
-    for row in rows:
-        counts["rows"] += 1
-        if not row.has_text:
-            counts["dropped"] += 1
-        else:
-            texts.append(row.text)
-            chars += len(row.text)
-            counts["replaced"] += row.replaced
-            counts["text_bytes"] += row.text_bytes
-        if chars >= BATCH_CHARS or len(texts) >= min(BATCH_DOCUMENTS, room()):
-            yield texts, counts
-            texts, chars, counts = [], 0, dict.fromkeys(counts, 0)
-    if counts["rows"]:
-        yield texts, counts
-
-
-def encode_documents(encoder, texts: list[str], spec, where: str) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens with EOS after each document, tokens of each document with its EOS); texts without a token are left out.
-
-    Raises UserError if an id is not below the vocabulary or a text gives EOS: both would poison training silently.
-    """
-    tokens, lengths = encoder.encode(texts)
-    if len(tokens) and (tokens.max() >= spec.vocab_size or tokens.min() < 0):
-        raise UserError(f"tokenizer: {where}: id {tokens.max()} is not below the vocabulary's {spec.vocab_size}")
-    if (tokens == spec.eos_token_id).any():
-        raise UserError(
-            f"tokenizer: {where} on: a document's text gives {spec.eos_token!r} (id {spec.eos_token_id}), which ends "
-            "documents; name another special token with --eos_token"
-        )
-    lengths = lengths[lengths > 0]
-    return np.insert(tokens, np.cumsum(lengths), spec.eos_token_id).astype(TOKEN_DTYPE, copy=False), lengths + 1
-
-
-class UnitWriter:
-    """Spreads a unit's documents over shards of at most `shard_tokens` tokens: shard_00012, shard_00012_1, ..."""
-
-    def __init__(self, folder: Path, unit: int, shard_tokens: int):
-        self.folder, self.unit, self.shard_tokens = folder, unit, shard_tokens
-        self._done: list[ShardInfo] = []
-        self._open: ShardWriter | None = None
-
-    def add(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
-        ends = np.cumsum(lengths)
-        first = 0
-        while first < len(lengths):
-            begin = int(ends[first] - lengths[first])
-            room = self.shard_tokens - (self._open.tokens if self._open else 0)
-            last = int(np.searchsorted(ends, begin + room, side="right"))  # documents [first, last) fit
-            if last <= first and self._open:
-                self._finish_shard()
-                continue
-            last = max(last, first + 1)  # a document longer than a shard gets one of its own
-            if self._open is None:
-                suffix = f"_{len(self._done)}" if self._done else ""
-                self._open = ShardWriter(self.folder, f"shard_{self.unit:05d}{suffix}")
-            self._open.add(tokens[begin : ends[last - 1]], lengths[first:last])
-            first = last
-
-    def _finish_shard(self) -> None:
-        self._done.append(self._open.close())
-        self._open = None
-
-    def close(self) -> list[ShardInfo]:
-        """All shards of the unit, durable; none if it had no documents."""
-        if self._open:
-            self._finish_shard()
-        return self._done
-
-    def __enter__(self) -> UnitWriter:
-        return self
-
-    def __exit__(self, *exception) -> None:
-        if self._open:
-            self._open.abort()
 
 
 # ---------------------------------------------------------------------------- all units
@@ -400,42 +253,37 @@ class UnitProgress:
         self.line.draw_if_due()
 
 
-def finished_records(folder: Path, units: list[Unit], plan_sha256: str) -> dict[int, dict]:
-    """Records of the units that an earlier run of this plan completed and whose shards are there in full size."""
-    records = {}
+def enough(units: list[Unit], records: dict[int, dict], max_tokens: int | None) -> bool:
+    """Whether the units done from the first on without a gap already hold more than --max_tokens."""
+    tokens = 0
     for unit in units:
-        try:
-            record = json.loads(record_path(folder, unit.index).read_bytes())
-            whole = record["plan_sha256"] == plan_sha256 and record["max_documents"] is None
-            for shard in record["shards"]:
-                whole = whole and (folder / f"{shard['name']}.bin").stat().st_size == shard["bin_bytes"]
-                whole = whole and (folder / f"{shard['name']}.idx").stat().st_size == shard["idx_bytes"]
-        except (OSError, ValueError, KeyError):
-            continue
-        if whole:
-            records[unit.index] = record
-    return records
+        if max_tokens is None or unit.index not in records:
+            return False
+        tokens += records[unit.index]["tokens"]
+        if tokens > max_tokens:
+            return True
+    return False
 
 
-def tokenize_units(job: TokenizeJob, units: list[Unit], records: dict[int, dict], args: argparse.Namespace) -> None:
-    """Do every unit that has no record and add its record to `records`; with --max_tokens only as many as are needed."""
+def tokenize_units(
+    job: TokenizeJob, units: list[Unit], records: dict[int, dict], args: argparse.Namespace, claims: Claims | None
+) -> None:
+    """Do every unit that has no record and add its record to `records`; with --max_tokens only as many as are needed.
 
-    def enough() -> bool:
-        """Whether the units done from the first on without a gap already hold more than --max_tokens."""
-        tokens = 0
-        for unit in units:
-            if unit.index not in records or tokens > args.max_tokens:
-                break
-            tokens += records[unit.index]["tokens"]
-        return tokens > args.max_tokens
-
+    With `claims`, only units that no other task is doing; their records are added too.
+    """
     todo = [unit for unit in units if unit.index not in records]
     progress = UnitProgress(units, set(records))
+    folder = Path(job.folder)
 
     def tasks():
-        for unit in todo:
-            if args.max_tokens is not None and enough():
+        for unit in claims.order(todo) if claims else todo:
+            if claims and args.max_tokens is not None:
+                records.update(finished_records(folder, units, job.plan_sha256))
+            if enough(units, records, args.max_tokens) or (folder / MANIFEST).exists():
                 return
+            if claims and (finished_records(folder, [unit], job.plan_sha256) or not claims.take(unit)):
+                continue
             yield unit, None
 
     encoders_said: set[str] = set()
@@ -449,12 +297,21 @@ def tokenize_units(job: TokenizeJob, units: list[Unit], records: dict[int, dict]
             progress.line.warn(counts["warning"])
         else:
             progress.add(task[0], **counts)
+            if claims:
+                claims.touch(task[0])
 
-    workers = min(args.num_workers, len(todo))
+    if args.ray:
+        done = run_on_ray(job, tasks(), address=args.ray)
+    else:
+        done = process_pool.run(job, tasks(), workers=min(args.num_workers, len(todo)), on_progress=on_report)
     try:
-        for (unit, _), record in process_pool.run(job, tasks(), workers=workers, on_progress=on_report):
+        for (unit, _), record in done:
             records[unit.index] = record
             progress.finish(unit)
+            if args.ray:  # its workers do not report while they work
+                progress.line.add(documents=record["documents"], tokens=record["tokens"])
+            if claims:
+                claims.release(unit)
     except process_pool.WorkerLost as lost:
         unit = f"unit {lost.task[0].index}" if lost.task else "start-up"
         raise UserError(
@@ -463,6 +320,8 @@ def tokenize_units(job: TokenizeJob, units: list[Unit], records: dict[int, dict]
         ) from None
     if todo:
         progress.line.close()
+    if claims:
+        records.update(finished_records(folder, units, job.plan_sha256))
 
 
 def apply_max_tokens(job: TokenizeJob, units: list[Unit], records: dict[int, dict], max_tokens: int) -> dict[int, dict]:
@@ -561,8 +420,9 @@ def remove_leftovers(folder: Path, keep: set[str] | None) -> None:
     for path in folder.iterdir():
         stale_shard = keep is not None and path.name.startswith("shard_") and path.stem not in keep
         record = keep is not None and path.name.startswith("unit_") and path.suffix == ".json"
-        if path.suffix == ".tmp" or stale_shard or record:
-            path.unlink()
+        claim = keep is not None and path.suffix == ".claim"
+        if path.suffix == ".tmp" or stale_shard or record or claim:
+            path.unlink(missing_ok=True)  # another task may be tidying the same folder
     fsync_folder(folder)
 
 
@@ -572,9 +432,15 @@ def remove_leftovers(folder: Path, keep: set[str] | None) -> None:
 def check_options(args: argparse.Namespace) -> None:
     problems = [
         f"{name}: {getattr(args, name)} must be greater than 0"
-        for name in ("max_seq_length", "num_workers", "shard_tokens", "max_tokens")
+        for name in ("max_seq_length", "num_workers", "shard_tokens", "max_tokens", "num_tasks")
         if getattr(args, name) is not None and getattr(args, name) <= 0
     ]
+    if (args.num_tasks is None) != (args.task_index is None):
+        problems.append("num_tasks, task_index: give both or neither")
+    elif args.num_tasks is not None and not 0 <= args.task_index < args.num_tasks:
+        problems.append(f"task_index: {args.task_index} must be from 0 to num_tasks - 1 = {args.num_tasks - 1}")
+    if args.num_tasks is not None and args.ray:
+        problems.append("ray, num_tasks: Ray spreads the units itself; leave --num_tasks out")
     if not args.dataset_name and not args.verify:
         problems.append("dataset_name: say what to tokenize, or --verify to check what is in --output_dir")
     if problems:
@@ -594,21 +460,24 @@ def find_inputs(args: argparse.Namespace) -> tuple[Source, encoders.TokenizerSpe
     return source, spec
 
 
-def tokenize(args: argparse.Namespace) -> Manifest:
-    """Everything from the plan to the manifest. Raises UserError before anything is written where it can."""
+def tokenize(args: argparse.Namespace) -> Manifest | None:
+    """Everything from the plan to the manifest; None if other tasks of a job array still have units to do.
+
+    Raises UserError before anything is written where it can.
+    """
     source, spec = find_inputs(args)
     say(f"tokenizer: {spec.name} ({spec.vocab_size:,} ids, documents end in {spec.eos_token!r} = {spec.eos_token_id})")
     plan = make_plan(args, source, spec)
     folder = Path(args.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with only_launcher(folder):
+        with only_launcher(folder, shared=args.num_tasks is not None):
             return _tokenize_locked(args, folder, plan, source, spec)
     except OSError as error:
         raise UserError(f"output_dir: {folder} cannot be written ({error.strerror or error})") from None
 
 
-def _tokenize_locked(args, folder: Path, plan: dict, source: Source, spec: encoders.TokenizerSpec) -> Manifest:
+def _tokenize_locked(args, folder: Path, plan: dict, source: Source, spec: encoders.TokenizerSpec) -> Manifest | None:
     plan = adopt_plan(folder, plan)
     units = [Unit(**unit) for unit in plan["units"]]
     if (folder / MANIFEST).exists():
@@ -616,7 +485,11 @@ def _tokenize_locked(args, folder: Path, plan: dict, source: Source, spec: encod
         remove_leftovers(folder, {shard.name for shard in manifest.shards})
         say(f"{folder} is already complete")
         return manifest
-    remove_leftovers(folder, None)
+    claims = None
+    if args.num_tasks is None:
+        remove_leftovers(folder, None)
+    else:
+        claims = Claims(folder, num_tasks=args.num_tasks, task_index=args.task_index)
     job = TokenizeJob(
         folder=str(folder),
         source=source,
@@ -630,7 +503,20 @@ def _tokenize_locked(args, folder: Path, plan: dict, source: Source, spec: encod
     say(f"source: {size if source.files else source.hub[0]}, {len(units)} units; {args.num_workers} processes")
     if records:
         say(f"resuming: {len(records)} of {len(units)} units are already done")
-    tokenize_units(job, units, records, args)
+    if not args.finalize:
+        tokenize_units(job, units, records, args, claims)
+    if (folder / MANIFEST).exists():  # another task was the last
+        return read_manifest(folder)[0]
+    missing = [unit.index for unit in units if unit.index not in records]
+    if missing and not enough(units, records, args.max_tokens):
+        if args.finalize:
+            raise UserError(
+                f"finalize: {len(missing)} of {len(units)} units are not done (the first is unit {missing[0]}); "
+                "start a task again to do them"
+            )
+        say(f"task {args.task_index} has nothing left to take; other tasks are doing {len(missing)} units")
+        say("the last of them writes the manifest; if one was lost, start any task again after 5 minutes")
+        return None
     if args.max_tokens is not None:
         records = apply_max_tokens(job, units, records, args.max_tokens)
     try:
@@ -659,6 +545,8 @@ def main(argv: list[str] | None = None) -> int:
         )
     begin = time.monotonic()
     manifest = tokenize(args)
+    if manifest is None:
+        return 0
     say(summary(manifest))
     say(f"written to {args.output_dir} in {human_time(time.monotonic() - begin)}; check it with --verify")
     return 0

@@ -16,6 +16,7 @@ import zstandard
 from tokenizer_samples import EOS, real_texts, save_kimi_tokenizer, save_transformers_tokenizer
 
 import encoders
+import token_units
 import tokenize_dataset
 import verify_shards
 from config import UserError
@@ -537,9 +538,9 @@ def test_an_id_outside_the_vocabulary_or_an_eos_in_text_is_refused(kimi):
     encoder = encoders.load_encoder(spec)
     first = int(encoder.encode(["hello"])[0][0])
     with pytest.raises(UserError, match="which ends documents; name another special token"):
-        tokenize_dataset.encode_documents(encoder, ["hello"], dataclasses.replace(spec, eos_token_id=first), "unit 0")
+        token_units.encode_documents(encoder, ["hello"], dataclasses.replace(spec, eos_token_id=first), "unit 0")
     with pytest.raises(UserError, match="is not below the vocabulary's 3"):
-        tokenize_dataset.encode_documents(encoder, ["hello"], dataclasses.replace(spec, vocab_size=3), "unit 0")
+        token_units.encode_documents(encoder, ["hello"], dataclasses.replace(spec, vocab_size=3), "unit 0")
 
 
 def test_source_identity_is_content_not_place(tmp_path, texts):

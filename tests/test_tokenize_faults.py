@@ -17,10 +17,12 @@ from tokenizer_samples import EOS, real_texts, save_kimi_tokenizer
 
 import encoders
 import process_pool
+import token_units
 import tokenize_dataset
 import verify_shards
 from config import UserError
 from data_loader import MANIFEST, ShardReader, open_dataset
+from text_sources import cut_units, find_source
 
 ROOT = Path(tokenize_dataset.__file__).parent
 
@@ -246,10 +248,10 @@ def test_a_wrong_fast_encoder_redoes_its_unit(tmp_path, kimi):
     texts = list(real_texts(100))
     data = write_jsonl(tmp_path / "d.jsonl", texts)
     spec = encoders.find_tokenizer(str(kimi))
-    source = tokenize_dataset.find_source(str(data), config=None, split=None, text_column="text", threads=1)
-    (unit,) = tokenize_dataset.cut_units(source, unit_bytes=1 << 40)
+    source = find_source(str(data), config=None, split=None, text_column="text", threads=1)
+    (unit,) = cut_units(source, unit_bytes=1 << 40)
     (tmp_path / "o").mkdir()
-    job = tokenize_dataset.TokenizeJob(str(tmp_path / "o"), source, spec, "auto", 1 << 26, "plan")
+    job = token_units.TokenizeJob(str(tmp_path / "o"), source, spec, "auto", 1 << 26, "plan")
     reference = encoders.load_encoder(spec)
     state, reports = [Wrong(reference)], []
     record = job.work(state, (unit, None), lambda **counts: reports.append(counts))
