@@ -10,7 +10,7 @@ Three layers, each a plain value of the one before:
                 step covers stream tokens [start + j*L, start + (j+1)*L), so a change of length repeats and loses nothing
                 and a resumed run needs no saved loader state.
 
-    dataset = open_dataset("./data/tokenized_2m")
+    dataset = open_dataset("./data/tokenized_2m")        # or several folders with weights: "a@0.6,b@0.4"
     schedule = Schedule(stages=..., num_train_steps=..., world_size=2, per_device_train_batch_size=1,
                         gradient_accumulation_steps=256)
     with WindowLoader(dataset, schedule, seed=1234, rank=0) as loader:
@@ -27,13 +27,14 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 import os
 import struct
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -317,8 +318,27 @@ def read_manifest(folder: Path) -> tuple[Manifest, str]:
     return Manifest.from_json(content, path), hashlib.sha256(content).hexdigest()
 
 
-def open_dataset(data_dir: str) -> TokenDataset:
-    """Open a folder of token shards. Raises UserError: no folder, no manifest, or files of another size than it says."""
+def open_dataset(data_dir: str) -> TokenDataset | Mixture:
+    """Open a folder of token shards, or several with weights: "a@0.6,b@0.4".
+
+    Raises UserError: no folder, no manifest, files of another size than it says, or folders of unlike tokenizers.
+    """
+    if "@" not in data_dir:
+        return _open_folder(data_dir)
+    parts, weights = [], []
+    for word in data_dir.split(","):
+        folder, _, weight = word.strip().rpartition("@")
+        try:
+            weights.append(float(weight))
+        except ValueError:
+            weights.append(math.nan)
+        if not folder or not weights[-1] > 0 or math.isinf(weights[-1]):
+            raise UserError(f"data_dir: {word.strip()!r} is not FOLDER@WEIGHT with a weight above 0; write a@0.6,b@0.4")
+        parts.append(_open_folder(folder))
+    return Mixture(parts, weights)
+
+
+def _open_folder(data_dir: str) -> TokenDataset:
     folder = Path(data_dir)
     if not folder.is_dir():
         raise UserError(
@@ -338,6 +358,69 @@ def open_dataset(data_dir: str) -> TokenDataset:
                     f"data_dir: {path} has {size:,} bytes but {MANIFEST} says {expected:,}; copy it again or tokenize again"
                 )
     return TokenDataset(folder, manifest, digest)
+
+
+class Mixture:
+    """Several data sets with weights, served sequence by sequence; which one serves sequence n is a function of n.
+
+    Every block of BLOCK sequences holds each part's share exactly (weights are kept to 1/BLOCK), in a fixed shuffled
+    order, so the sequences that a part has served before n are known in closed form. Within a part its own stream goes
+    on where its last sequence ended: each of its epochs is served exactly once.
+    """
+
+    BLOCK = 1000
+
+    def __init__(self, parts: Sequence[TokenDataset], weights: Sequence[float]):
+        first = parts[0].manifest
+        for part in parts[1:]:
+            for key in ("tokenizer_hash", "vocab_size", "eos_token_id"):
+                ours, theirs = getattr(first, key), getattr(part.manifest, key)
+                if ours != theirs:
+                    raise UserError(
+                        f"data_dir: {parts[0].folder} and {part.folder} cannot be mixed: {key} is {ours} and {theirs}; "
+                        "tokenize them with one tokenizer"
+                    )
+        self.parts, self.weights = tuple(parts), tuple(weight / sum(weights) for weight in weights)
+        self.folder = ", ".join(f"{part.folder}@{weight:g}" for part, weight in zip(parts, weights, strict=True))
+        self.total_tokens = sum(part.total_tokens for part in parts)
+        self.manifest = replace(
+            first,
+            total_tokens=self.total_tokens,
+            documents=sum(part.manifest.documents for part in parts),
+            shards=tuple(shard for part in parts for shard in part.manifest.shards),
+            statistics={},
+            source={},
+        )
+        digests = [[part.manifest_hash, weight] for part, weight in zip(parts, self.weights, strict=True)]
+        self.manifest_hash = hashlib.sha256(json.dumps(digests).encode()).hexdigest()
+        self._block = self._shuffled_block()
+        # served[i, n]: sequences of part i among the first n of a block
+        owners = np.array(self._block)[None] == np.arange(len(parts))[:, None]
+        self._served = np.concatenate([np.zeros((len(parts), 1), np.int64), np.cumsum(owners, axis=1)], axis=1)
+
+    def _shuffled_block(self) -> list[int]:
+        """Which part serves each sequence of a block: largest remainders, then an order by hash."""
+        exact = [weight * self.BLOCK for weight in self.weights]
+        counts = [int(share) for share in exact]
+        by_remainder = sorted(range(len(exact)), key=lambda i: counts[i] - exact[i])
+        for i in by_remainder[: self.BLOCK - sum(counts)]:
+            counts[i] += 1
+        owners = [part for part, count in enumerate(counts) for _ in range(count)]
+        order = epoch_order(self.BLOCK, seed=0, epoch=0)
+        return [owners[place] for place in order]
+
+    def owner(self, sequence: int) -> int:
+        """The part that serves sequence number `sequence` of the whole run."""
+        return self._block[sequence % self.BLOCK]
+
+    def served_before(self, part: int, sequence: int) -> int:
+        """How many of the run's first `sequence` sequences `part` serves."""
+        blocks, rest = divmod(sequence, self.BLOCK)
+        return int(blocks * self._served[part, -1] + self._served[part, rest])
+
+    def close(self) -> None:
+        for part in self.parts:
+            part.close()
 
 
 # ---------------------------------------------------------------------------- the endless stream
@@ -438,6 +521,7 @@ class Schedule:
         self.num_train_steps, self.world_size, self.batch = num_train_steps, world_size, per_device_train_batch_size
         self.stages = tuple(stages)
         self._accumulation, self._stage_start_tokens, start_token = [], [], 0
+        self._stage_start_sequences, start_sequence = [], 0
         for index, stage in enumerate(self.stages):
             rows = world_size * per_device_train_batch_size
             accumulation = gradient_accumulation_steps
@@ -445,6 +529,8 @@ class Schedule:
                 accumulation = max(1, round(tokens_per_step / (stage.seq_length * rows)))
             self._accumulation.append(accumulation)
             self._stage_start_tokens.append(start_token)
+            self._stage_start_sequences.append(start_sequence)
+            start_sequence += self.stage_steps(index) * accumulation * rows
             start_token += self.stage_steps(index) * accumulation * rows * stage.seq_length
         self.total_tokens = start_token
 
@@ -464,7 +550,23 @@ class Schedule:
         start = self._stage_start_tokens[index] + (step - stage.start_step) * tokens
         return StepPlan(step, index, stage.seq_length, accumulation, sequences, tokens, start)
 
-    def describe(self, dataset: TokenDataset | None) -> str:
+    def sequence_number(self, step: int, sequence: int) -> int:
+        """The number in the whole run of sequence `sequence` of a step."""
+        plan = self.step(step)
+        stage_start = self.stages[plan.stage_index].start_step
+        return self._stage_start_sequences[plan.stage_index] + (step - stage_start) * plan.sequences + sequence
+
+    def tokens_of_part(self, mixture: Mixture, part: int, sequence: int) -> int:
+        """Tokens that `part` of a mixture has served before the run's sequence number `sequence`, O(stages)."""
+        ends = [*self._stage_start_sequences[1:], math.inf]
+        tokens = 0
+        for stage, start, end in zip(self.stages, self._stage_start_sequences, ends, strict=True):
+            if start < sequence:
+                upto = int(min(end, sequence))
+                tokens += (mixture.served_before(part, upto) - mixture.served_before(part, start)) * stage.seq_length
+        return tokens
+
+    def describe(self, dataset: TokenDataset | Mixture | None) -> str:
         """The start-up text: every stage, the tokens that the schedule needs and the epochs of `dataset` that is.
 
         Without a data set (a dry run before tokenizing) the text ends with the tokens needed.
@@ -484,16 +586,19 @@ class Schedule:
         if dataset is None:
             lines.append(f"data: none yet; the schedule needs {human_count(self.total_tokens)} tokens")
             return "\n".join(lines)
-        epochs = self.total_tokens / dataset.total_tokens
-        lines.append(
-            f"data: {human_count(dataset.total_tokens)} tokens in {dataset.manifest.documents:,} documents and "
-            f"{len(dataset.manifest.shards)} shards; the schedule needs {human_count(self.total_tokens)} tokens = "
-            f"{epochs:.2f} epochs of this data set"
-        )
-        if epochs > 4:
+        lines.append(f"the schedule needs {human_count(self.total_tokens)} tokens")
+        parts, weights = (dataset.parts, dataset.weights) if isinstance(dataset, Mixture) else ((dataset,), (1.0,))
+        for part, weight in zip(parts, weights, strict=True):
+            epochs = weight * self.total_tokens / part.total_tokens
+            share = f"{100 * weight:.1f} % of the sequences from {part.folder}: " if len(parts) > 1 else ""
             lines.append(
-                f"WARNING: every document is read {epochs:.1f} times; beyond about 4 repeats little is learned"
+                f"data: {share}{human_count(part.total_tokens)} tokens in {part.manifest.documents:,} documents and "
+                f"{len(part.manifest.shards)} shards = {epochs:.2f} epochs of this data set"
             )
+            if epochs > 4:
+                lines.append(
+                    f"WARNING: every document is read {epochs:.1f} times; beyond about 4 repeats little is learned"
+                )
         return "\n".join(lines)
 
 
@@ -509,15 +614,20 @@ class WindowLoader:
     Raises UserError if the data set is smaller than one sequence of the first stage.
     """
 
-    def __init__(self, dataset: TokenDataset, schedule: Schedule, *, seed: int, rank: int, prefetch: bool = True):
+    def __init__(
+        self, dataset: TokenDataset | Mixture, schedule: Schedule, *, seed: int, rank: int, prefetch: bool = True
+    ):
         first = schedule.stages[0].seq_length
-        if dataset.total_tokens < first:
-            raise UserError(
-                f"data_dir: {dataset.folder} holds {dataset.total_tokens:,} tokens, less than one sequence of the first "
-                f"stage ({first:,}); tokenize more data or shorten the curriculum"
-            )
+        self.mixture = dataset if isinstance(dataset, Mixture) else None
+        parts = self.mixture.parts if self.mixture else (dataset,)
+        for part in parts:
+            if part.total_tokens < first:
+                raise UserError(
+                    f"data_dir: {part.folder} holds {part.total_tokens:,} tokens, less than one sequence of the first "
+                    f"stage ({first:,}); tokenize more data or shorten the curriculum"
+                )
         self.schedule, self.rank = schedule, rank
-        self.stream = TokenStream(dataset, seed=seed)
+        self.streams = [TokenStream(part, seed=seed) for part in parts]
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="window-prefetch") if prefetch else None
         self._pending: tuple[tuple[int, int], Future] | None = None
 
@@ -539,21 +649,33 @@ class WindowLoader:
     def _read_ahead(self, step: int, micro_step: int) -> np.ndarray:
         following = self._following(step, micro_step)
         if following:  # the window after this one: the kernel fetches it while this one is trained on
-            self.stream.will_need(*self._place(*following))
+            for stream, start, length in self._places(*following):
+                stream.will_need(start, length)
         return self._read(step, micro_step)
 
-    def _place(self, step: int, micro_step: int) -> tuple[int, int]:
-        """(first stream token, tokens) of this rank's micro-batch; its rows are neighbours in the stream."""
+    def _places(self, step: int, micro_step: int) -> list[tuple[TokenStream, int, int]]:
+        """(stream, its first token, tokens) of this rank's micro-batch, in order."""
         plan, batch = self.schedule.step(step), self.schedule.batch
         if not 0 <= micro_step < plan.accumulation_steps:
             raise ValueError(f"micro-step {micro_step} is outside step {step}'s {plan.accumulation_steps}")
         sequence = (micro_step * self.schedule.world_size + self.rank) * batch
-        return plan.start_token + sequence * plan.seq_length, batch * plan.seq_length
+        if self.mixture is None:  # a rank's rows are neighbours in the one stream: one read
+            return [(self.streams[0], plan.start_token + sequence * plan.seq_length, batch * plan.seq_length)]
+        places = []
+        for row in range(batch):
+            number = self.schedule.sequence_number(step, sequence + row)
+            part = self.mixture.owner(number)
+            start = self.schedule.tokens_of_part(self.mixture, part, number)
+            places.append((self.streams[part], start, plan.seq_length))
+        return places
 
     def _read(self, step: int, micro_step: int) -> np.ndarray:
-        start, length = self._place(step, micro_step)
-        tokens = np.empty(length, TOKEN_DTYPE)
-        self.stream.read_into(tokens, start)
+        places = self._places(step, micro_step)
+        tokens = np.empty(sum(length for _, _, length in places), TOKEN_DTYPE)
+        at = 0
+        for stream, start, length in places:
+            stream.read_into(tokens[at : at + length], start)
+            at += length
         return tokens.astype(np.int64).reshape(self.schedule.batch, -1)
 
     def close(self) -> None:

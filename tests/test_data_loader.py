@@ -227,6 +227,8 @@ def test_description_says_tokens_and_epochs(dataset):
     need = 8 * (3 * 64 + 2 * 80 + 3 * 96 + 112 + 3 * 128)
     assert "stage 4: steps 9-11: 128 tokens x 8 sequences (4 micro-steps x 2 ranks x 1)" in text
     assert f"{need / dataset.total_tokens:.2f} epochs of this data set" in text
+    assert f"the schedule needs {need / 1000:.2f}K tokens" in text
+    assert "none yet; the schedule needs" in schedule().describe(None)
     assert "WARNING" not in text and "WARNING" in schedule(steps=90).describe(dataset)
 
 
@@ -327,6 +329,78 @@ def test_data_smaller_than_a_sequence_is_refused(tmp_path):
     dataset = write_dataset(tmp_path / "d", (40, 23))
     with pytest.raises(UserError, match=r"holds 63 tokens, less than one sequence of the first stage \(64\)"):
         WindowLoader(dataset, schedule(), seed=0, rank=0)
+
+
+# ---------------------------------------------------------------------------- several folders with weights
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mixture")
+    stream = np.arange(20_000, dtype="<i4")
+    write_dataset(folder / "a", (3000, 1201), tokens=stream[:4201])
+    write_dataset(folder / "b", (999, 2000), tokens=stream[5000:7999])
+    write_dataset(folder / "c", (1500,), tokens=stream[9000:10_500])
+    return open_dataset(f"{folder / 'a'}@6, {folder / 'b'}@3,{folder / 'c'}@1")
+
+
+def test_mixture_keeps_the_weights_and_serves_each_part_in_order(mixture):
+    plan = schedule(steps=40, stages=parse_curriculum("0:16,10:20,20:24,30:28"), accumulation=8)
+    borders = {0: (0, 4201), 1: (5000, 7999), 2: (9000, 10_500)}
+    served = {part: [] for part in borders}
+    number = 0
+    for _, rows in all_rows(mixture, plan):
+        for row in rows:
+            (part,) = [p for p, (low, high) in borders.items() if low <= row.min() and row.max() < high]
+            assert part == mixture.owner(number)
+            assert len(np.concatenate([[], *served[part]])) == plan.tokens_of_part(mixture, part, number)
+            served[part].append(row)
+            number += 1
+    shares = [len(served[part]) / number for part in borders]
+    assert number == 40 * 16 and np.abs(np.array(shares) - [0.6, 0.3, 0.1]).max() < 0.03
+    for part, rows in served.items():
+        tokens = np.concatenate(rows)
+        np.testing.assert_array_equal(tokens, sequence_tokens(mixture.parts[part], 3, 0, len(tokens)))
+
+
+def test_every_block_of_a_mixture_holds_the_shares_exactly(mixture):
+    owners = [mixture.owner(n) for n in range(2 * mixture.BLOCK)]
+    for block in (owners[: mixture.BLOCK], owners[mixture.BLOCK :]):
+        assert [block.count(part) for part in range(3)] == [600, 300, 100]
+    for part in range(3):
+        assert [mixture.served_before(part, n) for n in (0, 1, 777, 1000, 1999)] == [
+            owners[:n].count(part) for n in (0, 1, 777, 1000, 1999)
+        ]
+
+
+def test_order_of_a_mixture_survives_a_change_of_world_size(mixture):
+    stages = parse_curriculum("0:64,3:80,5:96")
+    runs = [
+        {
+            step: rows.tolist()
+            for step, rows in all_rows(mixture, schedule(world_size=w, batch=b, accumulation=a, stages=stages))
+        }
+        for w, b, a in ((1, 1, 8), (2, 2, 2), (4, 1, 2))
+    ]
+    assert runs[0] == runs[1] == runs[2]
+
+
+def test_mixture_describes_each_part_and_refuses_unlike_ones(mixture, tmp_path):
+    text = schedule().describe(mixture)
+    assert "60.0 % of the sequences from" in text and text.count("epochs of this data set") == 3
+    assert mixture.manifest.total_tokens == mixture.total_tokens == 4201 + 2999 + 1500
+    a, b = (str(part.folder) for part in mixture.parts[:2])
+    assert open_dataset(f"{a}@1,{b}@1").manifest_hash != open_dataset(f"{a}@1,{b}@2").manifest_hash
+    for words in (f"{a}@0,{b}@1", f"{a}@x,{b}@1", f"{a},{b}@1", f"@1,{b}@1", f"{a}@inf,{b}@1"):
+        with pytest.raises(UserError, match=r"is not FOLDER@WEIGHT with a weight above 0"):
+            open_dataset(words)
+    other = write_dataset(tmp_path / "other", (500,))
+    manifest = dataclasses.replace(other.manifest, tokenizer_hash="1" * 64)
+    (tmp_path / "other" / "manifest.json").write_bytes(manifest.to_json())
+    with pytest.raises(
+        UserError, match="cannot be mixed: tokenizer_hash is 0+ and 1+; tokenize them with one tokenizer"
+    ):
+        open_dataset(f"{a}@1,{tmp_path / 'other'}@1")
 
 
 def test_manifest_is_plain_json(dataset):
