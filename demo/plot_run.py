@@ -58,9 +58,9 @@ def main() -> None:
     run = Path(sys.argv[1])
     file = Path(sys.argv[2]) if len(sys.argv) > 2 else run / "run.png"
     steps = read_steps(run)
-    first, last = steps[0]["loss"], steps[-1]["loss"]
-    draw(steps, resume_points(run), file, f"{run}: loss {first:.2f} -> {last:.2f} in {len(steps)} steps")
-    print(f"{file}: {len(steps)} steps, loss {first:.3f} -> {last:.3f}")
+    first, last = steps[0]["loss"], sum(r["loss"] for r in steps[-10:]) / len(steps[-10:])
+    draw(steps, resume_points(run), file, f"{run}: loss {first:.2f} -> {last:.2f} (mean of the last 10) in {len(steps)} steps")
+    print(f"{file}: {len(steps)} steps, loss {first:.3f} -> {last:.3f} (mean of the last 10)")
 
 
 if __name__ == "__main__":
