@@ -30,6 +30,7 @@ import json
 import math
 import os
 import struct
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -46,6 +47,7 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 PLAN = "plan.json"
 TOKEN_DTYPE = np.dtype("<i4")  # ids reach 163,839: uint16 overflows
+READ_TOKENS = 1 << 18  # read and widened to int64 at a time: small enough to stay in the processor's cache
 INDEX_MAGIC = b"MMIDIDX\x00\x00"
 INDEX_VERSION = 1
 INT32_CODE = 4  # Megatron's code for int32
@@ -605,6 +607,29 @@ class Schedule:
 # ---------------------------------------------------------------------------- the loader
 
 
+class BufferPool:
+    """int64 arrays that are given out again once nobody holds them.
+
+    A fresh 16 MB array costs more in page faults than reading 2M tokens from the page cache does. Who still holds an array
+    (or a view of it, or a torch tensor made from it) keeps it: reuse is decided by the reference count.
+    """
+
+    def __init__(self):
+        self._buffers: list[np.ndarray] = []
+        self._lock = threading.Lock()
+
+    def take(self, length: int) -> np.ndarray:
+        with self._lock:
+            # a stage switch leaves arrays of another length behind
+            self._buffers = [buffer for buffer in self._buffers if len(buffer) == length]
+            for place in range(len(self._buffers)):
+                # two references: the list's, and getrefcount's own argument
+                if sys.getrefcount(self._buffers[place]) == 2:
+                    return self._buffers[place][:]
+            self._buffers.append(np.empty(length, np.int64))
+            return self._buffers[-1][:]
+
+
 class WindowLoader:
     """Serves micro-batches; the next one is read in a background thread while this one is trained on.
 
@@ -628,6 +653,7 @@ class WindowLoader:
                 )
         self.schedule, self.rank = schedule, rank
         self.streams = [TokenStream(part, seed=seed) for part in parts]
+        self._buffers = BufferPool()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="window-prefetch") if prefetch else None
         self._pending: tuple[tuple[int, int], Future] | None = None
 
@@ -671,12 +697,16 @@ class WindowLoader:
 
     def _read(self, step: int, micro_step: int) -> np.ndarray:
         places = self._places(step, micro_step)
-        tokens = np.empty(sum(length for _, _, length in places), TOKEN_DTYPE)
+        ids = self._buffers.take(sum(length for _, _, length in places))
+        scratch = np.empty(min(len(ids), READ_TOKENS), TOKEN_DTYPE)
         at = 0
         for stream, start, length in places:
-            stream.read_into(tokens[at : at + length], start)
-            at += length
-        return tokens.astype(np.int64).reshape(self.schedule.batch, -1)
+            for begin in range(0, length, READ_TOKENS):
+                part = scratch[: min(READ_TOKENS, length - begin)]
+                stream.read_into(part, start + begin)
+                ids[at : at + len(part)] = part
+                at += len(part)
+        return ids.reshape(self.schedule.batch, -1)
 
     def close(self) -> None:
         """Stop the background thread; a window it is reading is finished and dropped."""

@@ -293,6 +293,25 @@ def test_a_micro_batch_depends_on_its_arguments_alone(dataset):
         assert not np.array_equal(other.micro_batch(0, 0), in_order[0, 0])
 
 
+def test_batches_that_are_still_held_are_never_written_again(dataset):
+    """Arrays are given out again only when nobody holds them or anything made from them."""
+    plan = schedule(steps=30, stages=(Stage(0, 64),))
+    with WindowLoader(dataset, plan, seed=3, rank=0) as loader:
+        held = [loader.micro_batch(step, 0)[:, 1:5] for step in range(10)]
+        copies = [view.copy() for view in held]
+        addresses = {loader.micro_batch(step, 1).ctypes.data for step in range(10, 30)}
+        for view, copy in zip(held, copies, strict=True):
+            np.testing.assert_array_equal(view, copy)
+    assert len(addresses) <= 3  # those that were let go serve again
+    torch = pytest.importorskip("torch")
+    with WindowLoader(dataset, plan, seed=3, rank=0) as loader:
+        tensors = [torch.from_numpy(loader.micro_batch(step, 0)) for step in range(10)]
+        for step, tensor in enumerate(tensors):
+            np.testing.assert_array_equal(
+                tensor.numpy()[0], sequence_tokens(dataset, 3, plan.step(step).start_token, 64)
+            )
+
+
 def test_a_window_may_be_longer_than_shards_and_epochs(tmp_path):
     dataset = write_dataset(tmp_path / "d", (100, 3, 50))
     stream = TokenStream(dataset, seed=9)
