@@ -90,8 +90,10 @@ GPU_CONTEXT = int(1.5 * GIB)
 # One process with torch, transformers and DeepSpeed (and CUDA's libraries) loaded, before the model
 PROCESS_BASE = {"gpu": int(4.0 * GIB), "cpu": int(0.55 * GIB)}
 # On the CPU the recurrence runs in plain torch (kernels.kda_reference): tensors of T x chunk x H x K in fp32, about 20 at
-# once in backward; three times as much stays with malloc and oneDNN after it was freed (measured, benchmarks/NOTES.md)
-REFERENCE_CHUNK, REFERENCE_TENSORS, REFERENCE_KEPT = 16, 20, 60
+# once in backward, and about 40 more stay with malloc; oneDNN keeps a compiled kernel for every number of tokens that an
+# expert ever got. Fitted to the runs in benchmarks/results/planner_cpu.json, see benchmarks/NOTES.md.
+REFERENCE_CHUNK, REFERENCE_TENSORS = 16, 20 + 40
+CPU_KERNEL_CACHE = int(0.45 * GIB)
 # Of the host's memory, left to the operating system and the page cache, which serves the token shards
 HOST_RESERVE = 0.03
 # The goal is 100 to 150 B tokens: a schedule of more is taken for a slip
@@ -392,7 +394,7 @@ def memory_at(
         if shape.kda_layers:
             one = min(tokens, planned.segment_tokens) * REFERENCE_CHUNK * shape.linear_dim * 4
             memory.add("pageable", "KDA in plain torch", local * REFERENCE_TENSORS * one)
-            memory.add("pageable", "freed, kept by malloc and oneDNN", local * REFERENCE_KEPT * one)
+        memory.add("pageable", "oneDNN's compiled kernels", local * CPU_KERNEL_CACHE)
     memory.add("pageable", "Python, libraries", local * PROCESS_BASE["gpu" if on_gpu else "cpu"])
     memory.add("disk", "checkpoints", checkpoint_bytes(shape, zero, config))
     return phases["gpu"], memory

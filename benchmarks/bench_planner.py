@@ -66,7 +66,11 @@ class Case:
 
 
 WIDE = {**DEMO, "vocab_size": 16384, "hidden_size": 512, "moe_intermediate_size": 256, "num_experts": 32}
+MIDDLE = {**DEMO, "vocab_size": 8192, "hidden_size": 256, "num_hidden_layers": 6, "num_experts": 16}
+MIDDLE["linear_attn_config"] = {**DEMO["linear_attn_config"], "full_attn_layers": [3, 6], "kda_layers": [1, 2, 4, 5]}
 CASES = {
+    # not among the runs that the planner's CPU constants were fitted to
+    "cpu_check": (Case("middle model", MIDDLE, 1024, 25, processes=2), Case("middle, one rank", MIDDLE, 768, 25)),
     "cpu": (
         Case("demo model", DEMO, 2048, 40, processes=2),
         Case("demo model, short", DEMO, 512, 40, processes=2),
