@@ -1,7 +1,7 @@
 """Predicted against measured: runs the real trainer on small cases and compares GPU, host and step time with the plan.
 
     python benchmarks/bench_planner.py --cases cpu  --out benchmarks/results/planner_cpu.json
-    python benchmarks/bench_planner.py --cases h100 --out benchmarks/results/planner_h100.json      # one H100, 9 minutes
+    python benchmarks/bench_planner.py --cases h100 --only K --out benchmarks/results/planner_h100.json   # one H100; then M
     python benchmarks/bench_planner.py --table benchmarks/results/planner_*.json                    # no run: plan again, compare
 
 Each case is `accelerate launch train_continual_2m.py` under ZeRO-3 with CPU offload on random tokens and random weights.
@@ -32,6 +32,7 @@ from config import load_config, read_json  # noqa: E402
 from hardware import found_gpus  # noqa: E402
 from model_shape import ModelShape  # noqa: E402
 from run_log import git_commit, versions  # noqa: E402
+from zero3_memory import set_allocator  # noqa: E402
 
 GIB = 2**30
 DEMO = json.loads((ROOT / "demo/model.json").read_text())
@@ -39,7 +40,7 @@ DEMO = json.loads((ROOT / "demo/model.json").read_text())
 REAL = {
     "model_type": "kimi_linear",
     "num_hidden_layers": 4,
-    "num_experts": 64,
+    "num_experts": 16,
     "first_k_dense_replace": 1,
     "linear_attn_config": {
         "full_attn_layers": [4],
@@ -49,7 +50,7 @@ REAL = {
         "short_conv_kernel_size": 4,
     },
 }
-REAL_2 = {**REAL, "num_hidden_layers": 2, "num_experts": 16}
+REAL_2 = {**REAL, "num_hidden_layers": 2, "num_experts": 48}
 REAL_2["linear_attn_config"] = {**REAL["linear_attn_config"], "full_attn_layers": [2], "kda_layers": [1]}
 
 
@@ -82,9 +83,9 @@ CASES = {
         Case("4 layers, 64K, small tiles", REAL, 65536, 2, options={"segment_tokens": 16384, "token_tile": 16384}),
         Case("4 layers, 256K", REAL, 262144, 2),
         Case("4 layers, 512K, 2 heads", REAL, 524288, 2, options={"heads_per_group": 2, "token_tile": 32768}),
-        Case("4 layers, 1M", REAL, 1048576, 2),
         Case("2 layers, 256K", REAL_2, 262144, 2),
-        Case("2 layers, 1M, 40 GiB", REAL_2, 1048576, 2, options={"gpu_memory_gib": 40}),
+        Case("2 layers, 512K, 40 GiB", REAL_2, 524288, 2, options={"gpu_memory_gib": 40}),
+        Case("4 layers, 1M", REAL, 1048576, 2),
         Case("4 layers, 2M", REAL, 2097152, 1),
     ),
 }
@@ -101,9 +102,12 @@ def main() -> int:
     records = []
     if arguments.table:
         records = [record for name in arguments.table for record in json.loads(Path(name).read_text())["records"]]
+    elif arguments.out and Path(arguments.out).exists():  # go on: cases that are run again are replaced
+        records = json.loads(Path(arguments.out).read_text())["records"]
     for case in CASES[arguments.cases] if arguments.cases else ():
         if arguments.only and arguments.only not in case.name:
             continue
+        records = [record for record in records if record["case"]["name"] != case.name]
         records.append(run_case(case))
         print(json.dumps(records[-1]["measured"]), flush=True)
         if arguments.out:
@@ -138,6 +142,7 @@ def run_case(case: Case) -> dict:
             launch = [sys.executable, "-m", "accelerate.commands.launch"]
         launch += ["--config_file", f"{folder}/accelerate.yaml", "--num_processes", str(case.processes)]
         environ = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+        set_allocator(environ)
         start = time.perf_counter()
         with open(Path(folder) / "log", "w+") as log:
             run = subprocess.Popen(
@@ -167,7 +172,8 @@ def run_case(case: Case) -> dict:
     machine = {"num_gpus": case.processes, "gpu": gpus[0][0] if gpus else None}
     machine |= {"gpu_memory_gib": case.options.get("gpu_memory_gib", gpus[0][1] if gpus else None)}
     machine |= {"host_memory_gib": memory_utils.host_memory() / GIB}
-    return {"case": asdict(case), "machine": machine, "measured": measured}
+    allocator = {name: environ[name] for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF") if name in environ}
+    return {"case": asdict(case), "machine": machine, "allocator": allocator, "measured": measured}
 
 
 def options_of(case: Case, folder: Path) -> list[str]:
@@ -260,7 +266,8 @@ def predict(record: dict) -> memory_utils.StagePlan:
         ds = "deepspeed_config_h100.json" if on_gpu else "demo/deepspeed.json"
         words[words.index("--deepspeed") + 1] = ds
         config = load_config(words)
-    return memory_utils.plan_run(config, ModelShape.from_config_dict(case.model), **record["machine"]).stages[0]
+    shape = ModelShape.from_config_dict(case.model)
+    return memory_utils.plan_run(config, shape, environ=record["allocator"], **record["machine"]).stages[0]
 
 
 def table(records: list[dict]) -> str:
