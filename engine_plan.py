@@ -20,8 +20,8 @@ GIB = 2**30
 PHASES = ("kda", "attention", "mla_mlp", "mla_input", "loss")
 
 # Bytes of temporaries per token, in units of one element (bf16: 2 bytes) times a width; see benchmarks/NOTES.md
-KDA_WIDTHS = 44  # times heads * head size: forward kept for backward, backward's own, of one segment
-MOE_WIDTHS = 13  # times experts per token * hidden size: gathered rows, gate/up, gradients of one tile
+KDA_WIDTHS = 50  # times heads * head size, one segment: the kernel's own 33 and what its layer keeps for backward
+MOE_WIDTHS = 5  # times experts per token * hidden size, one tile: gathered rows, gate/up, their gradients
 MARGIN = 1.06  # allocator rounding and fragments
 
 
@@ -82,7 +82,10 @@ class EngineOptions:
 
 @dataclass(frozen=True)
 class Plan:
-    """Tile sizes and places of one length. Places: 'gpu' or 'host'; `normed` is 'gpu' or 'recompute'."""
+    """Tile sizes and places of one length. Places: 'gpu' or 'host'; `normed` is 'gpu' or 'recompute'.
+
+    `stream`: the layers' inputs, kept for backward. `gradient`: the last layer's output, which becomes the gradient.
+    """
 
     segment_tokens: int
     heads_per_group: int
@@ -90,6 +93,7 @@ class Plan:
     loss_tile: int
     projection_tile: int
     stream: str
+    gradient: str
     attention_outputs: str
     query_gradients: str
     normed: str
@@ -120,19 +124,25 @@ def engine_buffers(
     groups = -(-shape.mla_heads // plan.heads_per_group)
     segment, tile = min(plan.segment_tokens, tokens), min(plan.token_tile, tokens)
     moe = any(mlp == "moe" for _, mlp in shape.layers)
-    mlp_elements = tile * (MOE_WIDTHS * shape.top_k * D if moe else 4 * shape.dense_width)
+    dense = any(mlp == "dense" for _, mlp in shape.layers)
+    widths = max(
+        MOE_WIDTHS * shape.top_k * D + 6 * shape.shared_width if moe else 0, 7 * shape.dense_width if dense else 0
+    )
+    mlp_elements = tile * (widths + 12 * D)
     largest = max(shape.layer_parameters(*layer) for layer in shape.layers)
     # weights, and while a backward runs their sums in fp32 and one tile's own gradients
     weights = largest * (2 * e + wide if training else e)
     output = tokens * shape.mla_heads * (shape.v_dim * e + wide)
-    boundaries = len(shape.layers) + 1 if training else 1
+    boundaries = len(shape.layers) if training else 1
     buffers = [
-        Buffer(f"hidden states, {boundaries} boundaries", boundaries * stream, plan.stream),
+        Buffer(f"hidden states, inputs of {boundaries} layers", boundaries * stream, plan.stream),
         Buffer(
             "weights of one layer and their gradients", weights, "gpu", ("kda", "attention", "mla_mlp", "mla_input")
         ),
         Buffer("token ids and labels", tokens * 16, "gpu"),
     ]
+    if training:
+        buffers.append(Buffer("last hidden states, then their gradient", stream, plan.gradient))
     if kda_layers:
         state = shape.kda_heads * shape.kda_dim**2 * 4 + (shape.conv_width - 1) * 3 * shape.kda_width * e
         kept = kda_layers * -(-tokens // plan.segment_tokens) * state if training else state
@@ -160,7 +170,8 @@ def engine_buffers(
         if plan.normed == "gpu":
             buffers.append(Buffer("normed hidden states", stream, "gpu", during))
         if training:
-            dq = tokens * shape.mla_heads * shape.qk_dim * e
+            sizes = [size for size in query_gradient_sizes(shape) if not _reuses_outputs(shape, plan, size)]
+            dq = tokens * shape.mla_heads * sum(sizes) * e
             buffers += [
                 Buffer("latent gradient", latent * wide, "gpu", ("attention", "mla_input")),
                 Buffer(f"query gradients, {groups} groups", dq, plan.query_gradients, ("attention", "mla_input")),
@@ -172,6 +183,33 @@ def engine_buffers(
         Buffer("head weight and gradient", head * (e + 2 * wide if training else e), "gpu", ("loss",)),
     ]
     return buffers
+
+
+def query_gradient_sizes(shape: Shape) -> list[int]:
+    """Columns per head of the stashes that hold the queries' gradient. The first is as wide as an attention output, whose
+    stash is given back just before, group by group: in host memory it takes that one's place."""
+    first = min(shape.v_dim, shape.qk_dim)
+    return [first, shape.qk_dim - first] if shape.qk_dim > first else [first]
+
+
+def _reuses_outputs(shape: Shape, plan: Plan, size: int) -> bool:
+    return plan.query_gradients == plan.attention_outputs and size == shape.v_dim
+
+
+def host_stashes(shape: Shape, tokens: int, plan: Plan, *, element_bytes: int = 2) -> list[int]:
+    """Bytes of every pinned buffer that a training step has at once, to pin them before the first step."""
+    stream = tokens * shape.hidden * element_bytes
+    found = [stream] * (len(shape.layers) * (plan.stream == "host") + (plan.gradient == "host"))
+    layers = sum(mixer == "mla" for mixer, _ in shape.layers)
+    kept = layers if plan.keep_attention else min(layers, 1)
+    for start in range(0, shape.mla_heads, plan.heads_per_group):
+        heads = min(plan.heads_per_group, shape.mla_heads - start)
+        if plan.attention_outputs == "host":
+            found += [tokens * heads * shape.v_dim * element_bytes, tokens * heads * max(4, element_bytes)] * kept
+        if plan.query_gradients == "host" and layers:
+            sizes = [size for size in query_gradient_sizes(shape) if not _reuses_outputs(shape, plan, size)]
+            found += [tokens * heads * size * element_bytes for size in sizes]
+    return found
 
 
 def peak_bytes(buffers: list[Buffer], where: str) -> int:
@@ -192,14 +230,14 @@ def plan_step(
 ) -> Plan:
     """Tiles and places for one length: the fastest that fits `gpu_bytes` (None: no GPU, everything in place).
 
-    Tried in this order, which is the order of what each costs (measured, benchmarks/NOTES.md): everything on the GPU; query
-    gradients, attention outputs and boundaries on the host; the normed stream recomputed per head group; smaller groups
-    and tiles. Attention is recomputed only where the host has no room (or when asked for).
+    Tried in the order of what each costs (benchmarks/NOTES.md): everything on the GPU; query gradients, attention outputs
+    and the layers' inputs on the host; the normed stream recomputed per head group and the gradient on the host (both are
+    read once per head group); smaller groups and tiles. Attention is recomputed only where the host has no room.
     """
     places = {"host": ("host",), "gpu": ("gpu",), "auto": ("gpu", "host")}[options.offload]
     keep = options.attention_outputs != "recompute"
 
-    def build(stream, outputs, dq, normed, heads, segment, tile, keep):
+    def build(stream, gradient, outputs, dq, normed, heads, segment, tile, keep):
         loss_tile = min(tile, 16384)
         return Plan(
             segment_tokens=segment,
@@ -208,6 +246,7 @@ def plan_step(
             loss_tile=loss_tile,
             projection_tile=max(segment, tile),
             stream=stream,
+            gradient=gradient,
             attention_outputs=outputs,
             query_gradients=dq,
             normed=normed,
@@ -217,6 +256,7 @@ def plan_step(
     if gpu_bytes is None:
         tile = options.token_tile or 1024
         chosen = build(
+            places[0],
             places[0],
             places[0],
             places[0],
@@ -249,23 +289,23 @@ def plan_step(
 def _candidates(shape: Shape, options: EngineOptions, places, keep, build):
     """Plans from fast to frugal."""
     if places == ("gpu",):
-        ladder = [("gpu", "gpu", "gpu", "gpu")]
+        ladder = [("gpu", "gpu", "gpu", "gpu", "gpu")]
     else:
         ladder = [
-            ("host", "host", "gpu", "gpu"),
-            ("host", "host", "host", "gpu"),
-            ("host", "host", "host", "recompute"),
+            ("host", "gpu", "host", "host", "gpu"),
+            ("host", "gpu", "host", "host", "recompute"),
+            ("host", "host", "host", "host", "recompute"),
         ]
         if "gpu" in places:
-            ladder = [("gpu", "gpu", "gpu", "gpu"), ("gpu", "host", "host", "gpu"), *ladder]
+            ladder = [("gpu", "gpu", "gpu", "gpu", "gpu"), ("gpu", "gpu", "host", "host", "gpu"), *ladder]
     heads_tried = [options.heads_per_group] if options.heads_per_group else [8, 4, 2, 1]
     sizes = [(65536, 65536), (65536, 32768), (32768, 32768), (32768, 16384), (16384, 16384), (8192, 8192)]
     sizes = list(dict.fromkeys((options.segment_tokens or s, options.token_tile or t) for s, t in sizes))
     # small head groups cost nothing at length (each fills the GPU), small tiles cost matmul efficiency: shrink heads first
     for segment, tile in sizes:
-        for stream, outputs, dq, normed in ladder:
+        for places_of in ladder:
             for heads in heads_tried:
-                yield build(stream, outputs, dq, normed, min(heads, shape.mla_heads), segment, tile, keep)
+                yield build(*places_of, min(heads, shape.mla_heads), segment, tile, keep)
 
 
 def _sizes(plan: Plan) -> str:
@@ -279,7 +319,8 @@ def _text(plan: Plan, tokens: int, gpu_bytes: int, *, fits: bool) -> str:
     kept = "kept for backward" if plan.keep_attention else "recomputed in backward"
     verdict = "" if fits else "; MORE THAN THERE IS: expect an out-of-memory error"
     return (
-        f"{tokens:,} tokens, {_sizes(plan)}; hidden states on the {plan.stream}, attention outputs {kept} on the "
+        f"{tokens:,} tokens, {_sizes(plan)}; layer inputs on the {plan.stream}, gradient on the "
+        f"{plan.gradient}, attention outputs {kept} on the "
         f"{plan.attention_outputs}, query gradients on the {plan.query_gradients}, normed stream "
         f"{'kept' if plan.normed == 'gpu' else 'recomputed per head group'}; predicted {plan.gpu_gib:.1f} of "
         f"{gpu_bytes / GIB:.1f} GiB GPU, {plan.host_gib:.1f} GiB host{verdict}"

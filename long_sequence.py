@@ -30,7 +30,7 @@ Symbols: T tokens of the packed stream, D hidden size, H heads, K key size (192 
 from __future__ import annotations
 
 import mmap
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -38,8 +38,8 @@ import torch
 import torch.nn.functional as F
 
 from config import UserError
-from engine_plan import EngineOptions, Plan, Shape, plan_step
-from kernels import Documents, Experts, GatedMlp, Kernels, compute_dtype
+from engine_plan import EngineOptions, Plan, Shape, host_stashes, plan_step, query_gradient_sizes
+from kernels import Documents, Experts, GatedMlp, KernelClock, Kernels, compute_dtype
 from run_log import say
 
 # ---------------------------------------------------------------------------------------------- what the engine is given
@@ -99,35 +99,48 @@ class HostPool:
     """
 
     def __init__(self):
-        self._free: dict[int, list[torch.Tensor]] = defaultdict(list)
-        self.total_bytes = 0
+        self._free: list[torch.Tensor] = []
+        self._all: dict[int, torch.Tensor] = {}  # by address; holding them keeps the mapping until it is unregistered
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(buffer.numel() for buffer in self._all.values())
 
     def take(self, nbytes: int) -> torch.Tensor:
+        """A free buffer of at least this size, the smallest there is; pinned anew if there is none."""
+        fitting = [buffer for buffer in self._free if buffer.numel() >= nbytes]
+        if fitting:
+            chosen = min(fitting, key=torch.Tensor.numel)
+            self._free = [buffer for buffer in self._free if buffer is not chosen]
+            return chosen
         size = -(-max(nbytes, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
-        if self._free[size]:
-            return self._free[size].pop()
         memory = mmap.mmap(-1, size)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             memory.madvise(mmap.MADV_HUGEPAGE)
         buffer = torch.frombuffer(memory, dtype=torch.uint8)
-        error = torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), size, 0)
-        if int(error) != 0:
+        error = int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), size, 0))
+        if error != 0:
             raise UserError(
-                f"host memory: pinning {size / 2**30:.1f} GiB failed (CUDA error {int(error)}) after "
+                f"host memory: pinning {size / 2**30:.1f} GiB failed (CUDA error {error}) after "
                 f"{self.total_bytes / 2**30:.1f} GiB; raise the memory limit (ulimit -l) or take --attention_outputs recompute"
             )
-        self.total_bytes += size
+        self._all[buffer.data_ptr()] = buffer
         return buffer
 
     def give(self, buffer: torch.Tensor) -> None:
-        self._free[buffer.numel()].append(buffer)
+        self._free.append(buffer)
 
-    def release_except(self, sizes: set[int]) -> None:
-        """Unpin the free buffers of other sizes (the sequence length has changed)."""
-        for size in [size for size in self._free if size not in sizes]:
-            for buffer in self._free.pop(size):
-                torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())
-                self.total_bytes -= size
+    def release_free(self) -> None:
+        """Unpin every free buffer."""
+        for buffer in self._free:
+            torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())
+            del self._all[buffer.data_ptr()]
+        self._free = []
+
+    def __del__(self):
+        # an address that was unmapped but is still registered makes a later, unrelated allocation fail
+        for address in self._all:
+            torch.cuda.cudart().cudaHostUnregister(address)
 
 
 class Transfer:
@@ -373,7 +386,8 @@ class LongSequenceEngine:
     """Runs the parts of one model. Made once; a `Step` is made for every forward pass."""
 
     def __init__(self, parts: ModelParts, kernels: Kernels, options: EngineOptions, device: torch.device):
-        self.parts, self.kernels, self.options = parts, kernels, options
+        self.clock = KernelClock(device)
+        self.parts, self.kernels, self.options = parts, self.clock.watch(kernels), options
         self.device = device
         self.transfer = Transfer(device)
         self.expert_counts: dict[int, torch.Tensor] = {}
@@ -385,28 +399,49 @@ class LongSequenceEngine:
         """input_ids [B, T'] -> a step over the packed stream of B * T' tokens."""
         documents = self._documents(input_ids)
         keep = torch.is_grad_enabled()
-        key = (documents.tokens, keep)
-        if key not in self._plans:
-            if self.transfer.cuda:
-                self.transfer.pool.release_except(set())
-            self._plans[key] = plan_step(
-                self.parts.shape,
-                documents.tokens,
-                element_bytes=dtype.itemsize,
-                options=self.options,
-                gpu_bytes=self._gpu_bytes(),
-                training=keep,
-            )
-            say(f"engine: {self._plans[key].text}")
+        plan, is_new = self._plan(documents.tokens, dtype, keep)
+        self.clock.start(announce=is_new and keep)
         return Step(
             documents=documents,
-            plan=self._plans[key],
+            plan=plan,
             keep=keep,
             input_ids=input_ids.reshape(-1),
             labels=labels,
             loss_divisor=loss_divisor,
             dtype=dtype,
         )
+
+    def _plan(self, tokens: int, dtype: torch.dtype, keep: bool) -> tuple[Plan, bool]:
+        key = (tokens, keep)
+        is_new = key not in self._plans
+        if is_new:
+            if self.transfer.cuda and tokens > max((known for known, _ in self._plans), default=tokens):
+                self.transfer.pool.release_free()  # buffers of shorter sequences fit nothing any more
+            self._plans[key] = plan_step(
+                self.parts.shape,
+                tokens,
+                element_bytes=dtype.itemsize,
+                options=self.options,
+                gpu_bytes=self._gpu_bytes(),
+                training=keep,
+            )
+            say(f"engine: {self._plans[key].text}")
+        return self._plans[key], is_new
+
+    def reserve(self, tokens: int, dtype: torch.dtype) -> float:
+        """Pin the host memory of a training step over this many tokens now; returns GiB pinned.
+
+        Call it before the first step with the longest sequence of the run: pinning costs seconds per 10 GB, and a machine
+        with too little memory fails at once and not at the stage that needs it. Shorter steps use the same buffers.
+        """
+        if not self.transfer.cuda:
+            return 0.0
+        plan, _ = self._plan(tokens, dtype, True)
+        pool = self.transfer.pool
+        needed = sorted(host_stashes(self.parts.shape, tokens, plan, element_bytes=dtype.itemsize), reverse=True)
+        for buffer in [pool.take(nbytes) for nbytes in needed]:
+            pool.give(buffer)
+        return pool.total_bytes / 2**30
 
     def _documents(self, input_ids: torch.Tensor) -> Documents:
         batch, tokens = input_ids.shape
@@ -447,6 +482,7 @@ class LongSequenceEngine:
             total = total.to(weight.dtype)
         step.gradient.free()
         step.gradient = None
+        self.clock.finish(self.transfer.pool.total_bytes if self.transfer.cuda else 0)
         return total
 
     # ---- a layer
@@ -456,7 +492,8 @@ class LongSequenceEngine:
         weights = part.tensors()
         source = step.stashes[index]
         # without a backward nothing reads the input again, so the layer may write over it
-        target = self._stash(step, self.parts.shape.hidden, step.plan.stream) if step.keep else source
+        where = step.plan.gradient if index + 1 == len(self.parts.layers) else step.plan.stream
+        target = self._stash(step, self.parts.shape.hidden, where) if step.keep else source
         if part.mixer == "kda":
             kept = self._kda_forward(step, index, weights, source, target)
         else:
@@ -538,15 +575,19 @@ class LongSequenceEngine:
     # ---- KDA
 
     def _segments(self, step: Step) -> list[tuple[int, int]]:
-        """Spans of at most segment_tokens tokens and a bounded number of documents (each has a state of its own)."""
+        """Spans of at most segment_tokens tokens and a bounded number of documents (each has a state of its own).
+
+        Halved where documents are many, so that few different lengths occur: fla tunes its l2 norm anew for each.
+        """
         found, start, tokens = [], 0, step.documents.tokens
         while start < tokens:
-            end = min(start + step.plan.segment_tokens, tokens)
-            inside = step.documents.within(start, end).bounds
-            if len(inside) - 1 > _MOST_DOCUMENTS:
-                end = start + inside[_MOST_DOCUMENTS]
-            found.append((start, end))
-            start = end
+            size = step.plan.segment_tokens
+            while (
+                size > 1 and len(step.documents.within(start, min(start + size, tokens)).bounds) - 1 > _MOST_DOCUMENTS
+            ):
+                size = -(-size // 2)
+            found.append((start, min(start + size, tokens)))
+            start = found[-1][1]
         return found
 
     def _kda(self, w: dict, x, state, tail, documents: Documents):
@@ -754,11 +795,17 @@ class LongSequenceEngine:
             kept.outputs[number].free()
             kept.lses[number].free()
             self._kv_b_backward(step, w, latent, group, dk, dv, d_latent, gradients)
-            stash = self._stash(step, heads * shape.qk_dim, step.plan.query_gradients)
-            for start, end in spans(tokens, step.plan.projection_tile):
-                stash.write(start, end, dq[start:end].flatten(1))
-            d_queries.append(stash)
+            d_queries.append(self._keep_query_gradient(step, dq))
         return d_latent, d_queries
+
+    def _keep_query_gradient(self, step: Step, dq: torch.Tensor) -> list[Stash]:
+        """dq [T, heads, K] into stashes of `query_gradient_sizes` columns per head."""
+        sizes = query_gradient_sizes(self.parts.shape)
+        stashes = [self._stash(step, dq.shape[1] * size, step.plan.query_gradients) for size in sizes]
+        for stash, part in zip(stashes, dq.split(sizes, -1), strict=True):
+            for start, end in spans(dq.shape[0], step.plan.projection_tile):
+                stash.write(start, end, part[start:end].flatten(1))
+        return stashes
 
     def _kv_b_backward(self, step: Step, w, latent, group: slice, dk, dv, d_latent, gradients: Gradients) -> None:
         shape, rows, weight = self.parts.shape, self._kv_rows(group), self._kv_b(w, group)
@@ -777,16 +824,23 @@ class LongSequenceEngine:
         shape = self.parts.shape
         own = {name: w[name] for name in w if name in _MLA_INPUT_NAMES}
         pieces = spans(step.documents.tokens, step.plan.projection_tile)
-        for (start, end), (x, d, *dq) in read_ahead([source, step.gradient, *d_queries], pieces):
+        sizes = query_gradient_sizes(shape)
+        flat = [stash for stashes in d_queries for stash in stashes]
+        for (start, end), (x, d, *parts) in read_ahead([source, step.gradient, *flat], pieces):
+            columns = [
+                torch.cat([p.unflatten(1, (-1, size)) for p in parts[i :: len(sizes)]], 1)
+                for i, size in enumerate(sizes)
+            ]
+            dq = torch.cat(columns, -1).flatten(1)
             tile = Recompute(own, x=x)
             with torch.enable_grad():
                 normed = rms_norm(tile.inputs["x"], tile.weights["input_norm"], self.parts.norm_eps)
                 queries = self._queries(tile.weights, normed, slice(None))
                 latent, shared = self._latent(tile.weights, normed)
             d_own = d_latent[start:end].to(step.dtype).split([shape.latent, shape.shared_key], -1)
-            (dx,) = tile.backward([queries, latent, shared], [torch.cat(dq, -1), *d_own], gradients)
+            (dx,) = tile.backward([queries, latent, shared], [dq, *d_own], gradients)
             step.gradient.write(start, end, d + dx)
-        for stash in d_queries:
+        for stash in flat:
             stash.free()
 
     # ---- final norm and loss
@@ -812,17 +866,16 @@ class LongSequenceEngine:
             tile = Recompute({"norm": norm_weight}, x=x)
             with torch.set_grad_enabled(step.keep):
                 normed = rms_norm(tile.inputs["x"], tile.weights["norm"], self.parts.norm_eps)
-            hidden = normed.detach()
-            logits = F.linear(hidden, head)
-            loss, first_choice = self.kernels.cross_entropy(logits, step.labels[start:end], scale, step.keep)
+            with self.clock.region("loss"):
+                loss, first_choice, d_hidden = self._loss_tile(
+                    step, normed.detach(), head, start, end, scale, head_grad
+                )
             total += loss.sum(dtype=torch.float64)
             losses.append(loss)
             choices.append(first_choice)
             if not step.keep:
                 continue
-            if head_grad is not None:
-                _accumulate(head_grad, logits.t(), hidden)
-            (dx,) = tile.backward([normed], [logits @ head], norm_gradients)
+            (dx,) = tile.backward([normed], [d_hidden], norm_gradients)
             stash.write(start, end, dx)
         step.token_losses, step.first_choice = torch.cat(losses), torch.cat(choices)
         if step.keep:
@@ -831,6 +884,14 @@ class LongSequenceEngine:
         else:
             stash.free()
         return (total / divisor if divisor else total * scale).to(dtype), head_grad
+
+    def _loss_tile(self, step: Step, hidden, head, start: int, end: int, scale: float, head_grad):
+        """(losses [n], first choices [n], gradient of `hidden` or None) of a tile; adds to `head_grad` if there is one."""
+        logits = F.linear(hidden, head)
+        losses, first_choice = self.kernels.cross_entropy(logits, step.labels[start:end], scale, step.keep)
+        if head_grad is not None:
+            head_grad += matmul_wide(logits.t(), hidden)
+        return losses, first_choice, logits @ head if step.keep else None
 
     def scale_gradient(self, step: Step, factor: torch.Tensor) -> float:
         """Bring the gradient stash to the scale of the loss's incoming gradient (1 / accumulation steps, say)."""
@@ -842,11 +903,6 @@ class LongSequenceEngine:
             if step.norm_grad is not None:
                 step.norm_grad = step.norm_grad * value
         return value
-
-
-def _accumulate(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """total += a @ b with a wide total."""
-    total += matmul_wide(a, b)
 
 
 _MOST_DOCUMENTS = 256  # per KDA segment: each takes a state of its own (2 MB at 32 heads of 128 x 128 in fp32)
