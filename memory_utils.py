@@ -34,7 +34,7 @@ from config import HUB_MODEL, TrainConfig, UserError, load_config, read_json, re
 from hardware import RATES, Gpu, find_gpu, found_gpus, host_memory, sequence_seconds
 from hardware import peak_flops as peak_flops
 from model_shape import KIMI_LINEAR_48B as KIMI_LINEAR_48B
-from model_shape import ModelShape, model_flops_per_step
+from model_shape import ModelShape, is_trained, model_flops_per_step
 from phase_profiler import PhasePeak
 from phase_profiler import PhaseProfiler as PhaseProfiler
 from run_log import human_count, human_time
@@ -94,6 +94,8 @@ PROCESS_BASE = {"gpu": int(4.0 * GIB), "cpu": int(0.55 * GIB)}
 # expert ever got. Fitted to the runs in benchmarks/results/planner_cpu.json, see benchmarks/NOTES.md.
 REFERENCE_CHUNK, REFERENCE_TENSORS = 16, 20 + 40
 CPU_KERNEL_CACHE = int(0.45 * GIB)
+# The engine's name for what freezing the experts makes smaller
+LAYER_WEIGHTS = "weights of one layer and their gradients"
 # Of the host's memory, left to the operating system and the page cache, which serves the token shards
 HOST_RESERVE = 0.03
 # The goal is 100 to 150 B tokens: a schedule of more is taken for a slip
@@ -370,7 +372,7 @@ def memory_at(
     memory = zero_memory(shape, zero, trainable=config.trainable, ranks=machine.num_gpus, local_ranks=local, pool=pool)
     planned = engine_step(config, shape, zero, machine, choice, seq_length)
     tokens = config.per_device_train_batch_size * seq_length
-    buffers = engine_plan.engine_buffers(engine_shape(shape), tokens, planned, element_bytes=zero.weight_bytes)
+    buffers = engine_buffers(shape, zero, planned, tokens, trainable=config.trainable)
 
     def fullest(where: str) -> str:
         there = lambda b, phase: b.where == where and (not b.phases or phase in b.phases)  # noqa: E731
@@ -398,6 +400,17 @@ def memory_at(
     memory.add("pageable", "Python, libraries", local * PROCESS_BASE["gpu" if on_gpu else "cpu"])
     memory.add("disk", "checkpoints", checkpoint_bytes(shape, zero, config))
     return phases["gpu"], memory
+
+
+def engine_buffers(
+    shape: ModelShape, zero: ZeroSettings, planned: engine_plan.Plan, tokens: int, *, trainable: str
+) -> list[engine_plan.Buffer]:
+    """The engine's own list, less what it counts for the gradients of frozen experts (a sum in fp32, a tile's own)."""
+    e = zero.weight_bytes
+    buffers = engine_plan.engine_buffers(engine_shape(shape), tokens, planned, element_bytes=e)
+    experts = 0 if is_trained("routed_experts", trainable) else shape.parameter_counts["routed_experts"]
+    saved = experts // max(1, shape.moe_layers) * (e + max(4, e))
+    return [dataclasses.replace(b, bytes=b.bytes - saved) if b.name == LAYER_WEIGHTS else b for b in buffers]
 
 
 def checkpoint_bytes(shape: ModelShape, zero: ZeroSettings, config: TrainConfig) -> int:

@@ -18,7 +18,7 @@ import engine_plan
 import memory_utils
 import zero3_memory
 from config import TrainConfig, UserError, cross_check, load_config, read_json, read_yaml
-from hardware import RATES, attention_rates, find_gpu
+from hardware import RATES, attention_rates, find_gpu, found_gpus
 from kernels import REFERENCE_CHUNK
 from memory_utils import KIMI_LINEAR_48B, plan_run, suggest
 from model_shape import ModelShape, forward_flops, model_flops_per_step
@@ -169,6 +169,16 @@ def test_flops_by_hand():
 )
 def test_cards_are_found_by_the_drivers_names(name, entry):
     assert find_gpu(name).name == entry
+
+
+def test_cards_of_this_machine_come_from_the_driver(tmp_path, monkeypatch):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 'NVIDIA H100 80GB HBM3, 81559'\necho 'NVIDIA H100 80GB HBM3, 81559'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert found_gpus() == [("NVIDIA H100 80GB HBM3", 81559 / 1024)] * 2
+    tool.write_text("#!/bin/sh\nexit 9\n")
+    assert found_gpus() == []
 
 
 def test_an_unknown_card_has_no_figures():
@@ -393,6 +403,19 @@ def test_engine_terms_are_the_engines_own():
         assert ours == engine_plan.peak_bytes(buffers, "gpu")
         ours = sum(size for term, size in stage.memory.pinned.items() if term in names)
         assert ours == 2 * engine_plan.peak_bytes(buffers, "host")  # two ranks
+
+
+def test_frozen_experts_have_no_gradients_on_the_gpu():
+    """256 experts x 3 x 2304 x 1024 weights of a layer: 4 bytes of sum and 2 of a tile's own gradient are not there."""
+    config, machine, _ = planned("config_h100_2x.yaml")
+    term = memory_utils.LAYER_WEIGHTS
+    sizes = [
+        plan_run(dataclasses.replace(config, trainable=trainable), KIMI_LINEAR_48B, **machine)
+        .stages[-1]
+        .memory.gpu[term]
+        for trainable in ("all", "no_experts")
+    ]
+    assert sizes[0] - sizes[1] == 6 * 256 * 3 * 2304 * 1024
 
 
 def test_kept_layer_inputs_by_hand():
