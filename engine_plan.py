@@ -22,6 +22,7 @@ PHASES = ("kda", "attention", "mla_mlp", "mla_input", "loss")
 # Bytes of temporaries per token, in units of one element (bf16: 2 bytes) times a width; see benchmarks/NOTES.md
 KDA_WIDTHS = 50  # times heads * head size, one segment: the kernel's own 33 and what its layer keeps for backward
 MOE_WIDTHS = 5  # times experts per token * hidden size, one tile: gathered rows, gate/up, their gradients
+COPIES_UNDER_WAY = 5 * GIB // 2  # bytes of tiles that may wait on the GPU for their copy to the host
 MARGIN = 1.06  # allocator rounding and fragments
 
 
@@ -176,6 +177,8 @@ def engine_buffers(
                 Buffer("latent gradient", latent * wide, "gpu", ("attention", "mla_input")),
                 Buffer(f"query gradients, {groups} groups", dq, plan.query_gradients, ("attention", "mla_input")),
             ]
+    if "host" in (plan.stream, plan.attention_outputs, plan.query_gradients):
+        buffers.append(Buffer("tiles on their way to the host", min(COPIES_UNDER_WAY, stream), "gpu"))
     loss = min(plan.loss_tile, tokens) * (shape.vocab * e + 8 * D * e)
     head = shape.vocab * D
     buffers += [

@@ -22,6 +22,7 @@ import dataclasses
 import functools
 import json
 import re
+import time
 import types
 from pathlib import Path
 
@@ -445,12 +446,14 @@ def install_long_sequence(
     attention_backend: str = "auto",
     document_separator_id: int | None = None,
     gpu_budget_gib: float | None = None,
+    reserve_tokens: int | None = None,
 ) -> EngineReport:
     """Make `model(input_ids=..., labels=...)` run forward and backward through the tiled engine (long_sequence.py).
 
     `model` is any transformers KimiLinearForCausalLM, before DeepSpeed prepares it. Sizes left at None are planned for each
     sequence length from `gpu_budget_gib` (default: the card's memory). `offload` and `attention_outputs` as in config.py.
-    With `document_separator_id`, a document ends with that token and nothing crosses its end.
+    With `document_separator_id`, a document ends with that token and nothing crosses its end. With `reserve_tokens` (tokens
+    of the longest micro-batch of the run), the host memory that such a step needs is pinned now and not in its first step.
     Raises UserError where the model has something the engine does not do, or a kernel would be silently slow.
     """
     from engine_plan import EngineOptions
@@ -490,6 +493,10 @@ def install_long_sequence(
         if document_separator_id is None
         else f"documents end with id {document_separator_id}; nothing crosses their end"
     )
+    if reserve_tokens is not None and device.type == "cuda":
+        started = time.perf_counter()
+        pinned_gib = engine.reserve(reserve_tokens, model.dtype)
+        say(f"engine: {pinned_gib:.1f} GiB of host memory pinned in {time.perf_counter() - started:.1f} s")
     return EngineReport(kernels.text, borders, engine)
 
 

@@ -38,7 +38,7 @@ import torch
 import torch.nn.functional as F
 
 from config import UserError
-from engine_plan import EngineOptions, Plan, Shape, host_stashes, plan_step, query_gradient_sizes
+from engine_plan import COPIES_UNDER_WAY, EngineOptions, Plan, Shape, host_stashes, plan_step, query_gradient_sizes
 from kernels import Documents, Experts, GatedMlp, KernelClock, Kernels, compute_dtype
 from run_log import say
 
@@ -146,8 +146,6 @@ class HostPool:
 class Transfer:
     """The copy streams of one device and the copies under way. On the CPU every copy is done at once."""
 
-    MOST_PENDING = 3  # tiles on their way to the host; more would let the CPU run ahead and fill the GPU with them
-
     def __init__(self, device: torch.device):
         self.device = device
         self.cuda = device.type == "cuda"
@@ -156,6 +154,7 @@ class Transfer:
             self.up = torch.cuda.Stream(device)
             self.down = torch.cuda.Stream(device)
             self._pending: deque = deque()
+            self._pending_bytes = 0
 
     def stash(self, tokens: int, width: int, dtype: torch.dtype, *, on_gpu: bool) -> Stash:
         return Stash(self, tokens, width, dtype, on_gpu=on_gpu)
@@ -168,8 +167,10 @@ class Transfer:
             event = torch.cuda.Event()
             event.record()
         self._pending.append((event, tile))
-        while len(self._pending) > self.MOST_PENDING:
-            self._pending.popleft()[0].synchronize()
+        self._pending_bytes += tile.nbytes
+        # without a bound the CPU would run ahead and fill the GPU with tiles that wait for their copy
+        while self._pending_bytes > COPIES_UNDER_WAY:
+            self._finish_oldest()
         return event
 
     def from_host(self, host: torch.Tensor, after):
@@ -184,9 +185,14 @@ class Transfer:
             event.record()
         return tile, event
 
+    def _finish_oldest(self) -> None:
+        event, tile = self._pending.popleft()
+        event.synchronize()
+        self._pending_bytes -= tile.nbytes
+
     def drain(self) -> None:
         while self.cuda and self._pending:
-            self._pending.popleft()[0].synchronize()
+            self._finish_oldest()
 
 
 class Stash:
