@@ -94,6 +94,8 @@ PROCESS_BASE = {"gpu": int(4.0 * GIB), "cpu": int(0.55 * GIB)}
 # expert ever got. Fitted to the runs in benchmarks/results/planner_cpu.json, see benchmarks/NOTES.md.
 REFERENCE_CHUNK, REFERENCE_TENSORS = 16, 20 + 40
 CPU_KERNEL_CACHE = int(0.45 * GIB)
+# Nobody means to train more than this on the CPU: without a GPU the command then asks for the card's name
+CPU_PARAMETERS = 1e9
 # The engine's name for what freezing the experts makes smaller
 LAYER_WEIGHTS = "weights of one layer and their gradients"
 # Of the host's memory, left to the operating system and the page cache, which serves the token shards
@@ -834,6 +836,8 @@ def main() -> int:
     if here:
         gpu, gpu_memory_gib = here[0][0], gpu_memory_gib or here[0][1]
     elif gpu is None and gpu_memory_gib is None:
+        if shape.total_parameters > CPU_PARAMETERS:
+            raise UserError("gpu: none is named and none is found here; add --gpu h100, l20, ... to plan for that card")
         note = "no GPU is named (--gpu h100) or found here: planned as processes on the CPU"
     processes = read_yaml(config.accelerate_config).get("num_processes") if config.accelerate_config else None
     machine = {

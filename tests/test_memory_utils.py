@@ -403,6 +403,7 @@ def test_engine_terms_are_the_engines_own():
         assert ours == engine_plan.peak_bytes(buffers, "gpu")
         ours = sum(size for term, size in stage.memory.pinned.items() if term in names)
         assert ours == 2 * engine_plan.peak_bytes(buffers, "host")  # two ranks
+        assert ours == 2 * sum(engine_plan.host_stashes(shape, stage.seq_length, step))  # what it pins
 
 
 def test_frozen_experts_have_no_gradients_on_the_gpu():
@@ -609,21 +610,19 @@ def test_demo_on_the_cpu():
 
 
 def run_command(*words: str):
-    start = time.perf_counter()
-    done = subprocess.run(
+    return subprocess.run(
         [sys.executable, "memory_utils.py", *words], capture_output=True, text=True, timeout=60, cwd=ROOT
     )
-    return done, time.perf_counter() - start
 
 
 def test_command_gives_json_and_text():
     words = ["--config", "config_h100_2x.yaml", "--gpu", "h100", "--host_memory_gib", "2048", "--gpu_hour_usd", "2.5"]
-    done, _ = run_command(*words, "--json")
+    done = run_command(*words, "--json")
     plan = json.loads(done.stdout)
     assert plan["fits"] is True and plan["cost_usd"] > 10000 and len(plan["stages"]) == 5
     assert plan["machine"]["num_gpus"] == 2  # from the Accelerate YAML
     assert plan["stages"][-1]["memory"]["pageable"]["Adam moments"] > 8 * 49e9
-    done, _ = run_command(*words, "--gpus", "1", "--budget_usd", "5000")
+    done = run_command(*words, "--gpus", "1", "--budget_usd", "5000")
     assert "on 1 x h100 (79.1 GiB), host 2,048 GiB" in done.stdout
     assert "budget: 2,000.0 hours on 1 GPUs buy " in done.stdout
 
@@ -639,9 +638,17 @@ def test_command_gives_json_and_text():
     ],
 )
 def test_command_refuses_with_a_sentence(words, message):
-    done, _ = run_command("--config", "config_h100_2x.yaml", *words)
+    done = run_command("--config", "config_h100_2x.yaml", *words)
     assert done.returncode == 2 and message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(bool(found_gpus()), reason="plans for the GPU found here")
+def test_command_without_a_gpu_asks_for_its_name_unless_the_model_is_small():
+    done = run_command("--config", "config_h100_2x.yaml")
+    assert done.returncode == 2 and "add --gpu h100, l20, ... to plan for that card" in done.stderr
+    done = run_command("--config", "demo/config.yaml")
+    assert done.returncode == 0 and "planned as processes on the CPU" in done.stdout
 
 
 def test_a_plan_needs_no_torch():
