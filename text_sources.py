@@ -15,16 +15,18 @@ the functions that need them.
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import gzip
 import hashlib
 import itertools
 import json
 import os
+import urllib.parse
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from config import UserError
@@ -49,13 +51,19 @@ class Source:
     """A data set: files on this machine, or (`hub`) rows that `datasets` streams from the Hub at one revision."""
 
     text_column: str
+    source_column: str | None = None
     files: tuple[SourceFile, ...] = ()
     hub: tuple[str, str | None, str, str | None] | None = None  # name, config, split, revision
 
     def fingerprint(self) -> dict:
         """What a plan records: equal for equal content, wherever it lies."""
         files = [{"name": f.name, "bytes": f.bytes, "sha256": f.sha256} for f in self.files]
-        return {"text_column": self.text_column, "files": files, "hub": list(self.hub) if self.hub else None}
+        return {
+            "text_column": self.text_column,
+            "source_column": self.source_column,
+            "files": files,
+            "hub": list(self.hub) if self.hub else None,
+        }
 
 
 @dataclass(frozen=True)
@@ -81,12 +89,13 @@ class Unit:
 class Row:
     """One row. `text` is None where the row has none; `replaced` tells that characters became U+FFFD.
 
-    `text_bytes` is the text's size as UTF-8.
+    `text_bytes` is the text's size as UTF-8. `source` is where it came from: the source column's value, of a URL its host.
     """
 
     text: str | None
     text_bytes: int = 0
     replaced: bool = False
+    source: str = ""
 
     @property
     def has_text(self) -> bool:
@@ -103,7 +112,15 @@ def kind_of(path: str | Path) -> str | None:
     return next((suffix[1:] for suffix in sorted(SUFFIXES, key=len, reverse=True) if name.endswith(suffix)), None)
 
 
-def find_source(name: str, *, config: str | None, split: str | None, text_column: str, threads: int) -> Source:
+def find_source(
+    name: str,
+    *,
+    config: str | None,
+    split: str | None,
+    text_column: str,
+    threads: int,
+    source_column: str | None = None,
+) -> Source:
     """Resolve --dataset_name: a file, a glob, a folder, or else a Hub name. Raises UserError with the fix.
 
     A folder without `split` and `config` means every file in it; with one of them `datasets` resolves the folder's own
@@ -126,16 +143,23 @@ def find_source(name: str, *, config: str | None, split: str | None, text_column
     elif kind_of(name) or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"dataset_name: {name} does not exist")
     else:
-        return hub_source(name, config=config, split=split, text_column=text_column)
+        return hub_source(name, config=config, split=split, text_column=text_column, source_column=source_column)
     unknown = [p for p in paths if kind_of(p) is None]
     if unknown:
         raise UserError(f"dataset_name: {unknown[0]} is none of {', '.join(SUFFIXES)}")
     with ThreadPoolExecutor(threads) as pool:  # hashing releases the interpreter's lock
         files = tuple(pool.map(lambda p: _fingerprint(p, root), paths))
-    source = Source(text_column=text_column, files=files)
+    known: list[str] = []
     for file in files:
-        _check_column(file, text_column)
-    return source
+        columns = _check_column(file, text_column)
+        if source_column and columns and source_column not in columns:
+            raise _no_column(file.name, source_column, columns, option="source_column")
+        known = known or columns
+    return Source(text_column=text_column, source_column=source_column or _likely_source_column(known), files=files)
+
+
+def _likely_source_column(columns: list[str]) -> str | None:
+    return next((name for name in ("source", "domain", "url") if name in columns), None)
 
 
 def _files_below(folder: Path) -> list[Path]:
@@ -187,31 +211,33 @@ def _fingerprint(path: Path, root: Path) -> SourceFile:
     return SourceFile(path=str(path.resolve()), name=name, bytes=size, sha256=digest)
 
 
-def _no_column(where: str, column: str, columns: list[str]) -> UserError:
-    return UserError(f"text_column: {where} has no column {column!r}; it has {', '.join(map(repr, columns)) or 'none'}")
+def _no_column(where: str, column: str, columns: list[str], *, option: str = "text_column") -> UserError:
+    return UserError(f"{option}: {where} has no column {column!r}; it has {', '.join(map(repr, columns)) or 'none'}")
 
 
-def _check_column(file: SourceFile, column: str) -> None:
-    """Raise UserError if the file plainly has no text in `column`; looks at the schema or the first row only."""
+def _check_column(file: SourceFile, column: str) -> list[str]:
+    """The file's columns, as its schema or first row tells; raises UserError if there is plainly no text in `column`."""
     kind = kind_of(file.name)
     if file.bytes == 0 and kind != "parquet" and kind != "arrow":
-        return
+        return []
     if kind == "txt":
-        if column != "text":
-            raise _no_column(file.name, column, ["text"])
+        columns = ["text"]
     elif kind.startswith("jsonl"):
         first = next(_jsonl_objects(file, 0, file.bytes, kind), None)
-        if first is not None and column not in first[0]:
-            raise _no_column(file.name, column, list(first[0]))
+        if first is None:
+            return []
+        columns = list(first[0])
     else:
         schema = _parquet(file).schema_arrow if kind == "parquet" else _arrow(file).schema
-        if column not in schema.names:
-            raise _no_column(file.name, column, schema.names)
-        if not _is_text(schema.field(column).type):
+        columns = schema.names
+        if column in columns and not _is_text(schema.field(column).type):
             raise UserError(
                 f"text_column: {file.name}: column {column!r} holds {schema.field(column).type}, not text; "
                 f"columns: {', '.join(f'{f.name} ({f.type})' for f in schema)}"
             )
+    if column not in columns:
+        raise _no_column(file.name, column, columns)
+    return columns
 
 
 def _is_text(kind) -> bool:
@@ -302,17 +328,28 @@ def read_unit(source: Source, unit: Unit) -> Iterator[Row]:
     file = source.files[unit.file]
     try:
         if unit.kind == "parquet":
-            yield from _column_rows(_parquet_batches(file, unit, source.text_column), file.name, unit.start)
+            yield from _column_rows(_parquet_batches(file, unit, source), source, file.name, unit.start)
         elif unit.kind == "arrow":
-            yield from _column_rows(_arrow_arrays(file, unit, source.text_column), file.name, unit.start)
+            yield from _column_rows(_arrow_batches_of(file, unit), source, file.name, unit.start)
         else:
             for record, replaced, where in _jsonl_objects_with_place(file, unit.start, unit.stop, unit.kind):
-                yield _clean(record.get(source.text_column), where, replaced)
+                yield _clean(record.get(source.text_column), where, replaced, _origin(record.get(source.source_column)))
     except OSError as error:
         raise UserError(f"{file.name}: cannot be read ({error})") from None
 
 
-def _clean(value, where, replaced: bool = False) -> Row:
+def _origin(value) -> str:
+    """What stands for a document's source: of a URL the host, of anything else its text."""
+    if value is None:
+        return ""
+    text = str(value)
+    if "://" in text:
+        with contextlib.suppress(ValueError):  # no valid URL: taken as it is
+            text = urllib.parse.urlsplit(text).hostname or text
+    return text[:200].encode(errors="replace").decode()
+
+
+def _clean(value, where, replaced: bool = False, origin: str = "") -> Row:
     """A row from a raw value: bytes are decoded, what is no valid text is replaced by U+FFFD and flagged.
 
     `where` is called to name file and row when the value is no text at all.
@@ -321,7 +358,7 @@ def _clean(value, where, replaced: bool = False) -> Row:
         return Row(None)
     if isinstance(value, bytes):
         try:
-            return Row(value.decode(), len(value))
+            return Row(value.decode(), len(value), source=origin)
         except UnicodeDecodeError:
             text, replaced = value.decode(errors="replace"), True
     elif isinstance(value, str):
@@ -332,11 +369,11 @@ def _clean(value, where, replaced: bool = False) -> Row:
             f"{where()}: the text column holds {type(value).__name__} {shown}, not text; clean the row first"
         )
     try:
-        return Row(text, len(text) if text.isascii() else len(text.encode()), replaced)
+        return Row(text, len(text) if text.isascii() else len(text.encode()), replaced, origin)
     except UnicodeEncodeError:
         # through UTF-16, so that two halves of one character become that character
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return Row(text, len(text.encode()), True)
+        return Row(text, len(text.encode()), True, origin)
 
 
 def _text_file(file: SourceFile) -> Row:
@@ -457,8 +494,8 @@ def _parquet(file: SourceFile):
         raise UserError(f"{file.name}: not a whole parquet file ({reason}); fetch it again") from None
 
 
-def _parquet_batches(file: SourceFile, unit: Unit, column: str):
-    """Arrays of `column` for rows [unit.start, unit.stop)."""
+def _parquet_batches(file: SourceFile, unit: Unit, source: Source):
+    """Record batches of the columns needed for rows [unit.start, unit.stop)."""
     import pyarrow as pa
 
     parquet = _parquet(file)
@@ -470,12 +507,13 @@ def _parquet_batches(file: SourceFile, unit: Unit, column: str):
             first_row = row if first_row is None else first_row
         row += rows
     at = first_row
+    columns = [source.text_column, source.source_column] if source.source_column else [source.text_column]
     batch_rows = max(1, min(1024, READ_BYTES * (unit.rows or 1) // max(1, unit.text_bytes)))
     try:
-        for batch in parquet.iter_batches(batch_rows, row_groups=groups, columns=[column], use_threads=False):
+        for batch in parquet.iter_batches(batch_rows, row_groups=groups, columns=columns, use_threads=False):
             begin, end = max(unit.start - at, 0), min(unit.stop - at, batch.num_rows)
             if end > begin:
-                yield batch.column(0).slice(begin, end - begin)
+                yield batch.slice(begin, end - begin)
             at += batch.num_rows
             if at >= unit.stop:
                 break
@@ -521,40 +559,50 @@ def _arrow(file: SourceFile) -> _ArrowBatches:
     return _ArrowBatches(file)
 
 
-def _arrow_arrays(file: SourceFile, unit: Unit, column: str):
+def _arrow_batches_of(file: SourceFile, unit: Unit):
     at = 0
     for batch in _arrow(file).batches():
         begin, end = max(unit.start - at, 0), min(unit.stop - at, batch.num_rows)
         if end > begin:
-            yield batch.column(batch.schema.get_field_index(column)).slice(begin, end - begin)
+            yield batch.slice(begin, end - begin)
         at += batch.num_rows
         if at >= unit.stop:
             break
 
 
-def _column_rows(arrays, name: str, first_row: int) -> Iterator[Row]:
-    """Rows of string-like arrays. Python strings are made a few at a time: an array may hold much text."""
+def _column_rows(batches, source: Source, name: str, first_row: int) -> Iterator[Row]:
+    """Rows of record batches. Python strings are made a few at a time: a batch may hold much text."""
+    row = first_row
+    for batch in batches:
+        texts = batch.column(batch.schema.get_field_index(source.text_column))
+        place = batch.schema.get_field_index(source.source_column) if source.source_column else -1
+        origins = batch.column(place) if place >= 0 else None
+        for at in range(0, len(texts), 64):
+            values = _python_values(texts.slice(at, 64))
+            where_from = _python_values(origins.slice(at, 64)) if origins is not None else itertools.repeat(None)
+            for value, origin in zip(values, where_from, strict=False):
+                yield _clean(value, lambda row=row: f"{name}, row {row}", origin=_origin(origin))
+                row += 1
+
+
+def _python_values(array) -> list:
+    """The array's values; strings that are no UTF-8 (a careless writer) as bytes."""
     import pyarrow as pa
 
-    row = first_row
-    for array in arrays:
-        if pa.types.is_dictionary(array.type):
-            array = array.dictionary_decode()
-        for at in range(0, len(array), 64):
-            part = array.slice(at, 64)
-            try:
-                values = part.to_pylist()
-            except UnicodeDecodeError:
-                values = part.cast(pa.large_binary()).to_pylist()
-            for value in values:
-                yield _clean(value, lambda row=row: f"{name}, row {row}")
-                row += 1
+    if pa.types.is_dictionary(array.type):
+        array = array.dictionary_decode()
+    try:
+        return array.to_pylist()
+    except UnicodeDecodeError:
+        return array.cast(pa.large_binary()).to_pylist()
 
 
 # --- the Hub
 
 
-def hub_source(name: str, *, config: str | None, split: str | None, text_column: str) -> Source:
+def hub_source(
+    name: str, *, config: str | None, split: str | None, text_column: str, source_column: str | None = None
+) -> Source:
     """A data set that `datasets` streams, pinned to the revision it has now. Raises UserError.
 
     `name` may also be a local folder in the Hub's layout; it then has no revision.
@@ -580,11 +628,12 @@ def hub_source(name: str, *, config: str | None, split: str | None, text_column:
                 f"give a local folder or file of {', '.join(SUFFIXES)}"
             ) from None
     _, split = _builder_and_split(name, config, split, revision)
-    source = Source(text_column=text_column, hub=(name, config, split, revision))
-    first = next(iter(_hub_rows(source)), None)
-    if first is not None and text_column not in first:
-        raise _no_column(f"{name}, split {split!r},", text_column, list(first))
-    return source
+    source = Source(text_column=text_column, source_column=source_column, hub=(name, config, split, revision))
+    columns = list(next(iter(_hub_rows(source)), {}))
+    for option, column in (("text_column", text_column), ("source_column", source_column)):
+        if columns and column and column not in columns:
+            raise _no_column(f"{name}, split {split!r},", column, columns, option=option)
+    return replace(source, source_column=source_column or _likely_source_column(columns))
 
 
 def _hub_rows(source: Source):
@@ -598,4 +647,6 @@ def _read_hub(source: Source, unit: Unit) -> Iterator[Row]:
     rows = _hub_rows(source)
     shard = rows.shard(num_shards=rows.num_shards, index=unit.start)
     for number, record in enumerate(shard):
-        yield _clean(record.get(source.text_column), lambda n=number: f"{source.hub[0]}, shard {unit.start}, row {n}")
+        origin = _origin(record.get(source.source_column))
+        where = lambda n=number: f"{source.hub[0]}, shard {unit.start}, row {n}"  # noqa: E731
+        yield _clean(record.get(source.text_column), where, origin=origin)

@@ -37,6 +37,7 @@ class TokenizeJob:
     encoder: str
     shard_tokens: int
     plan_sha256: str
+    keep_sources: bool = False  # write each document's source beside the shards, for --pack related
 
     def start(self, report) -> list[encoders.Encoder]:
         """The process's encoder, in a list so that `work` can replace it."""
@@ -65,20 +66,21 @@ def tokenize_unit(job: TokenizeJob, encoder, unit: Unit, report, *, max_document
     """Write a unit's shards and then its record, which is returned. With `max_documents` only so many are kept."""
     counts = {"rows": 0, "dropped": 0, "replaced": 0, "text_bytes": 0}
     lengths_seen: list[np.ndarray] = []
+    origins_seen: list[str] = []
     try:
         with UnitWriter(Path(job.folder), unit.index, job.shard_tokens) as writer:
-            kept = 0
-            room = lambda: BATCH_DOCUMENTS if max_documents is None else max_documents - kept  # noqa: E731
-            for texts, batch_counts in batches(read_unit(job.source, unit), room):
-                tokens, lengths = encode_documents(encoder, texts, job.spec, f"unit {unit.index}, row {counts['rows']}")
-                batch_counts["dropped"] += len(texts) - len(lengths)
-                kept += len(lengths)
+            room = lambda: BATCH_DOCUMENTS if max_documents is None else max_documents - len(origins_seen)  # noqa: E731
+            for rows, batch_counts in batches(read_unit(job.source, unit), room):
+                where = f"unit {unit.index}, row {counts['rows']}"
+                tokens, lengths, kept = encode_documents(encoder, [row.text for row in rows], job.spec, where)
+                batch_counts["dropped"] += len(rows) - len(kept)
+                origins_seen += [rows[i].source for i in kept]
                 writer.add(tokens, lengths)
                 lengths_seen.append(lengths)
                 for key in counts:
                     counts[key] += batch_counts[key]
                 report(documents=len(lengths), tokens=len(tokens), text_bytes=batch_counts["text_bytes"])
-                if kept == max_documents:
+                if len(origins_seen) == max_documents:
                     break
             shards = writer.close()
         lengths = np.concatenate(lengths_seen) if lengths_seen else np.zeros(0, np.int64)
@@ -94,7 +96,10 @@ def tokenize_unit(job: TokenizeJob, encoder, unit: Unit, report, *, max_document
             "longest": int(lengths.max(initial=0)),
             "class_documents": np.bincount(classes, minlength=len(LENGTH_CLASSES) + 1).tolist(),
             "class_tokens": np.bincount(classes, lengths, len(LENGTH_CLASSES) + 1).astype(np.int64).tolist(),
+            "sources": count_sources(origins_seen, lengths) if job.source.source_column else {},
         }
+        if job.keep_sources:
+            write_file_durably(sources_path(Path(job.folder), unit.index), json.dumps(origins_seen).encode())
         write_file_durably(record_path(Path(job.folder), unit.index), json.dumps(record).encode())
     except OSError as error:
         raise UserError(
@@ -104,12 +109,26 @@ def tokenize_unit(job: TokenizeJob, encoder, unit: Unit, report, *, max_document
     return record
 
 
-def batches(rows: Iterable[Row], room: Callable[[], int]) -> Iterator[tuple[list[str], dict]]:
+def sources_path(folder: Path, unit: int) -> Path:
+    return folder / f"sources_{unit:05d}.json"
+
+
+def count_sources(origins: list[str], lengths: np.ndarray) -> dict[str, list[int]]:
+    """Source -> [documents, tokens]."""
+    found: dict[str, list[int]] = {}
+    for origin, length in zip(origins, lengths.tolist(), strict=True):
+        entry = found.setdefault(origin, [0, 0])
+        entry[0] += 1
+        entry[1] += length
+    return found
+
+
+def batches(rows: Iterable[Row], room: Callable[[], int]) -> Iterator[tuple[list[Row], dict]]:
     """Rows with text, some at a time, and what was counted on the way; a batch may be one long document.
 
     A batch has at most `room()` texts, asked anew for each.
     """
-    texts: list[str] = []
+    texts: list[Row] = []
     counts = {"rows": 0, "dropped": 0, "replaced": 0, "text_bytes": 0}
     chars = 0
     for row in rows:
@@ -117,7 +136,7 @@ def batches(rows: Iterable[Row], room: Callable[[], int]) -> Iterator[tuple[list
         if not row.has_text:
             counts["dropped"] += 1
         else:
-            texts.append(row.text)
+            texts.append(row)
             chars += len(row.text)
             counts["replaced"] += row.replaced
             counts["text_bytes"] += row.text_bytes
@@ -128,10 +147,11 @@ def batches(rows: Iterable[Row], room: Callable[[], int]) -> Iterator[tuple[list
         yield texts, counts
 
 
-def encode_documents(encoder, texts: list[str], spec, where: str) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens with EOS after each document, tokens of each document with its EOS); texts without a token are left out.
+def encode_documents(encoder, texts: list[str], spec, where: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(tokens with EOS after each document, tokens of each with its EOS, which texts became documents).
 
-    Raises UserError if an id is not below the vocabulary or a text gives EOS: both would poison training silently.
+    Texts without a token are left out. Raises UserError if an id is not below the vocabulary or a text gives EOS: both
+    would poison training silently.
     """
     tokens, lengths = encoder.encode(texts)
     if len(tokens) and (tokens.max() >= spec.vocab_size or tokens.min() < 0):
@@ -141,8 +161,10 @@ def encode_documents(encoder, texts: list[str], spec, where: str) -> tuple[np.nd
             f"tokenizer: {where} on: a document's text gives {spec.eos_token!r} (id {spec.eos_token_id}), which ends "
             "documents; name another special token with --eos_token"
         )
-    lengths = lengths[lengths > 0]
-    return np.insert(tokens, np.cumsum(lengths), spec.eos_token_id).astype(TOKEN_DTYPE, copy=False), lengths + 1
+    kept = np.flatnonzero(lengths)
+    lengths = lengths[kept]
+    ended = np.insert(tokens, np.cumsum(lengths), spec.eos_token_id).astype(TOKEN_DTYPE, copy=False)
+    return ended, lengths + 1, kept
 
 
 class UnitWriter:

@@ -29,9 +29,9 @@ import argparse
 import contextlib
 import fcntl
 import hashlib
-import itertools
 import json
 import os
+import shutil
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -52,6 +52,7 @@ from data_loader import (
     read_manifest,
     write_file_durably,
 )
+from dataset_statistics import table
 from progress import ProgressLine
 from run_log import human_count, human_time, say
 from text_sources import SUFFIXES, Source, Unit, cut_units, find_source
@@ -60,6 +61,8 @@ from token_units import LENGTH_CLASSES, TokenizeJob, finished_records
 PLAN_VERSION = 1
 TEXT_BYTES_PER_TOKEN = 4  # English prose and code; sizes units only
 MIN_UNIT_BYTES = 2 << 20  # below this the fsyncs of a unit are felt
+UNPACKED = "unpacked"  # folder of the shards in source order while --pack makes the final ones
+MANIFEST_SOURCES = 100
 UNITS_AIMED_AT = 64  # a data set is cut at least this fine, so that the last unit is a small part of the run
 
 
@@ -79,6 +82,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--split", help="split of a Hub data set or of a folder in its layout; default: train, or all files of a folder"
     )
     add("--text_column", default="text", help="the column that holds the text")
+    add(
+        "--source_column",
+        help="column that tells a row's source; default: source, domain or url (its host) if there is one",
+    )
     add("--tokenizer", default=HUB_MODEL, help="Hub name or local folder of the model's tokenizer")
     add("--trust_remote_code", action="store_true", help="let the tokenizer run the Python code in its folder")
     add("--output_dir", required=True, help="where the shards go; an unfinished run there is continued")
@@ -96,6 +103,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="most tokens in a shard (a longer document makes a longer one)",
     )
     add("--max_tokens", type=int, help="stop before the document that would exceed this many tokens in all")
+    add(
+        "--pack",
+        choices=("source", "shuffled", "related"),
+        default="source",
+        help="order of the documents: as in the source; shuffled (seeded); or related, neighbours alike, which gives long "
+        "windows of short documents something to learn at long range",
+    )
     add("--eos_token", help="special token that ends each document; default: the tokenizer's eos_token")
     add(
         "--encoder",
@@ -125,6 +139,9 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="ADDRESS",
         help="do the units on a Ray cluster (default: this machine's) that shares --output_dir",
     )
+    add(
+        "--statistics", metavar="PNG", help="print what --output_dir holds, draw it to PNG and a .json beside, and exit"
+    )
     add("--report", help="with --verify: write what was found as JSON to this file")
     return parser
 
@@ -145,6 +162,7 @@ def make_plan(args: argparse.Namespace, source: Source, spec: encoders.Tokenizer
             "max_seq_length": args.max_seq_length,
             "shard_tokens": args.shard_tokens,
             "max_tokens": args.max_tokens,
+            "pack": args.pack,
         },
         "units": [unit.to_json() for unit in cut_units(source, unit_bytes=unit_bytes)],
     }
@@ -163,7 +181,7 @@ def plan_changes(old: dict, new: dict) -> list[str]:
             if before != now:
                 changes.append(f"{label}{key} was {before}, now {now}")
     old_source, new_source = old.get("source", {}), new["source"]
-    for key in ("text_column", "hub"):
+    for key in ("text_column", "source_column", "hub"):
         if old_source.get(key) != new_source[key]:
             changes.append(f"{key} was {old_source.get(key)}, now {new_source[key]}")
     before = {file["name"]: file for file in old_source.get("files", [])}
@@ -195,7 +213,7 @@ def adopt_plan(folder: Path, plan: dict) -> dict:
     except ValueError as error:
         raise UserError(f"output_dir: {path} is damaged ({error}); remove {folder} and start again") from None
     changes = plan_changes(old, plan)
-    if changes and not (folder / MANIFEST).exists() and not any(folder.glob("unit_*.json")):
+    if changes and not (folder / MANIFEST).exists() and not any(folder.rglob("unit_*.json")):
         write_file_durably(path, plan_bytes(plan))
         return plan
     if changes:
@@ -266,7 +284,12 @@ def enough(units: list[Unit], records: dict[int, dict], max_tokens: int | None) 
 
 
 def tokenize_units(
-    job: TokenizeJob, units: list[Unit], records: dict[int, dict], args: argparse.Namespace, claims: Claims | None
+    job: TokenizeJob,
+    units: list[Unit],
+    records: dict[int, dict],
+    args: argparse.Namespace,
+    claims: Claims | None,
+    manifest_path: Path,
 ) -> None:
     """Do every unit that has no record and add its record to `records`; with --max_tokens only as many as are needed.
 
@@ -280,7 +303,7 @@ def tokenize_units(
         for unit in claims.order(todo) if claims else todo:
             if claims and args.max_tokens is not None:
                 records.update(finished_records(folder, units, job.plan_sha256))
-            if enough(units, records, args.max_tokens) or (folder / MANIFEST).exists():
+            if enough(units, records, args.max_tokens) or manifest_path.exists():
                 return
             if claims and (finished_records(folder, [unit], job.plan_sha256) or not claims.take(unit)):
                 continue
@@ -353,14 +376,12 @@ def apply_max_tokens(job: TokenizeJob, units: list[Unit], records: dict[int, dic
 # ---------------------------------------------------------------------------- manifest and summary
 
 
-def build_manifest(plan: dict, records: list[dict]) -> Manifest:
-    """The manifest from the records of all units in the plan's order. Raises UserError if no document is left."""
+def build_manifest(plan: dict, records: list[dict], shards: list[ShardInfo], order_sha256: str | None) -> Manifest:
+    """The manifest from the records of all units in the plan's order and the final shards."""
     total = {
         key: sum(record[key] for record in records)
         for key in ("rows", "documents", "dropped", "replaced", "tokens", "text_bytes")
     }
-    if not total["documents"]:
-        raise UserError(f"dataset_name: no document with text among {total['rows']:,} rows; nothing was written")
     columns = {key: np.sum([r[key] for r in records], axis=0).tolist() for key in ("class_documents", "class_tokens")}
     return Manifest(
         tokenizer_name=plan["tokenizer"]["name"],
@@ -371,7 +392,7 @@ def build_manifest(plan: dict, records: list[dict]) -> Manifest:
         max_seq_length=plan["options"]["max_seq_length"],
         total_tokens=total["tokens"],
         documents=total["documents"],
-        shards=tuple(ShardInfo(**shard) for record in records for shard in record["shards"]),
+        shards=tuple(shards),
         statistics={
             "rows": total["rows"],
             "dropped": total["dropped"],
@@ -380,49 +401,40 @@ def build_manifest(plan: dict, records: list[dict]) -> Manifest:
             "longest": max(record["longest"] for record in records),
             "length_classes": list(LENGTH_CLASSES),
             **columns,
+            "sources": largest_sources(plan["source"]["source_column"], records),
+            "pack": plan["options"]["pack"],
+            "order_sha256": order_sha256,
             "units": {key: [r[key] for r in records] for key in ("unit", "rows", "dropped", "documents")},
         },
         source=plan["source"],
     )
 
 
-def summary(manifest: Manifest) -> str:
-    """The closing text: counts, the length histogram, and full sequences of the lengths that matter."""
-    stats = manifest.statistics
-    lines = [
-        f"tokens     {manifest.total_tokens:,} in {manifest.documents:,} documents and {len(manifest.shards)} shards "
-        f"({stats['text_bytes'] / manifest.total_tokens:.2f} bytes of text per token)",
-        f"dropped    {stats['dropped']:,} of {stats['rows']:,} rows (null, empty or only white space)",
-        f"replaced   {stats['replaced']:,} documents had invalid characters, now U+FFFD",
-        f"longest    {stats['longest']:,} tokens",
-        "length histogram (tokens with EOS)    documents             tokens   share of tokens",
-    ]
-    names = [human_length(border) for border in stats["length_classes"]]
-    labels = [
-        f"under {names[0]}",
-        *(f"{a} to {b}" for a, b in itertools.pairwise(names)),
-        f"{names[-1]} and more",
-    ]
-    for label, documents, tokens in zip(labels, stats["class_documents"], stats["class_tokens"], strict=True):
-        lines.append(f"  {label:<20}{documents:>24,}{tokens:>20,}{100 * tokens / manifest.total_tokens:>16.1f} %")
-    for length in sorted({1 << 20, 1 << 21, manifest.max_seq_length}):
-        lines.append(f"full sequences of {length:,} tokens: {manifest.total_tokens // length:,}")
-    return "\n".join(lines)
-
-
-def human_length(tokens: int) -> str:
-    """1024 -> '1K', 1048576 -> '1M': binary units, as sequence lengths are spoken of."""
-    return f"{tokens >> 20}M" if tokens >= 1 << 20 else f"{tokens >> 10}K"
+def largest_sources(column: str | None, records: list[dict]) -> dict | None:
+    """Documents and tokens by source, the largest MANIFEST_SOURCES by tokens; None without a source column."""
+    if column is None:
+        return None
+    total: dict[str, list[int]] = {}
+    for record in records:
+        for name, (documents, tokens) in record["sources"].items():
+            entry = total.setdefault(name, [0, 0])
+            entry[0] += documents
+            entry[1] += tokens
+    largest = sorted(total.items(), key=lambda item: (-item[1][1], item[0]))[:MANIFEST_SOURCES]
+    # kept by rank: the manifest sorts keys
+    return {"column": column, "count": len(total), "largest": [[name, *counts] for name, counts in largest]}
 
 
 def remove_leftovers(folder: Path, keep: set[str] | None) -> None:
     """Remove temporary files, and with `keep` also the records and every shard that is not in it."""
     for path in folder.iterdir():
         stale_shard = keep is not None and path.name.startswith("shard_") and path.stem not in keep
-        record = keep is not None and path.name.startswith("unit_") and path.suffix == ".json"
+        record = keep is not None and path.name.startswith(("unit_", "pack_")) and path.suffix == ".json"
         claim = keep is not None and path.suffix == ".claim"
         if path.suffix == ".tmp" or stale_shard or record or claim:
             path.unlink(missing_ok=True)  # another task may be tidying the same folder
+    if keep is not None:
+        shutil.rmtree(folder / UNPACKED, ignore_errors=True)
     fsync_folder(folder)
 
 
@@ -441,7 +453,7 @@ def check_options(args: argparse.Namespace) -> None:
         problems.append(f"task_index: {args.task_index} must be from 0 to num_tasks - 1 = {args.num_tasks - 1}")
     if args.num_tasks is not None and args.ray:
         problems.append("ray, num_tasks: Ray spreads the units itself; leave --num_tasks out")
-    if not args.dataset_name and not args.verify:
+    if not args.dataset_name and not args.verify and not args.statistics:
         problems.append("dataset_name: say what to tokenize, or --verify to check what is in --output_dir")
     if problems:
         raise UserError("\n".join(problems))
@@ -455,6 +467,7 @@ def find_inputs(args: argparse.Namespace) -> tuple[Source, encoders.TokenizerSpe
         config=args.dataset_config,
         split=args.split,
         text_column=args.text_column,
+        source_column=args.source_column,
         threads=args.num_workers,
     )
     return source, spec
@@ -485,26 +498,31 @@ def _tokenize_locked(args, folder: Path, plan: dict, source: Source, spec: encod
         remove_leftovers(folder, {shard.name for shard in manifest.shards})
         say(f"{folder} is already complete")
         return manifest
+    pack = plan["options"]["pack"]
+    work = folder if pack == "source" else folder / UNPACKED
+    work.mkdir(exist_ok=True)
     claims = None
     if args.num_tasks is None:
         remove_leftovers(folder, None)
+        remove_leftovers(work, None)
     else:
-        claims = Claims(folder, num_tasks=args.num_tasks, task_index=args.task_index)
+        claims = Claims(work, num_tasks=args.num_tasks, task_index=args.task_index)
     job = TokenizeJob(
-        folder=str(folder),
+        folder=str(work),
         source=source,
         spec=spec,
         encoder=args.encoder,
         shard_tokens=plan["options"]["shard_tokens"],
         plan_sha256=hashlib.sha256(plan_bytes(plan)).hexdigest(),
+        keep_sources=pack == "related",
     )
-    records = finished_records(folder, units, job.plan_sha256)
+    records = finished_records(work, units, job.plan_sha256)
     size = f"{len(source.files):,} files, {human_count(sum(u.text_bytes for u in units))} bytes of text"
     say(f"source: {size if source.files else source.hub[0]}, {len(units)} units; {args.num_workers} processes")
     if records:
         say(f"resuming: {len(records)} of {len(units)} units are already done")
     if not args.finalize:
-        tokenize_units(job, units, records, args, claims)
+        tokenize_units(job, units, records, args, claims, folder / MANIFEST)
     if (folder / MANIFEST).exists():  # another task was the last
         return read_manifest(folder)[0]
     missing = [unit.index for unit in units if unit.index not in records]
@@ -519,15 +537,44 @@ def _tokenize_locked(args, folder: Path, plan: dict, source: Source, spec: encod
         return None
     if args.max_tokens is not None:
         records = apply_max_tokens(job, units, records, args.max_tokens)
-    try:
-        manifest = build_manifest(plan, [records[unit.index] for unit in units if unit.index in records])
-    except UserError:  # a data set without a document leaves nothing behind
+    done = [records[unit.index] for unit in units if unit.index in records]
+    if not any(record["documents"] for record in done):  # leaves nothing behind
         (folder / PLAN).unlink()
         remove_leftovers(folder, set())
-        raise
+        rows = sum(record["rows"] for record in done)
+        raise UserError(f"dataset_name: no document with text among {rows:,} rows; nothing was written")
+    shards = [ShardInfo(**shard) for record in done for shard in record["shards"]]
+    order_sha256 = None
+    if pack != "source":
+        from pack_documents import pack as pack_shards
+
+        shards, order_sha256 = pack_shards(
+            folder,
+            work,
+            shards,
+            [record["unit"] for record in done],
+            pack,
+            shard_tokens=plan["options"]["shard_tokens"],
+            vocab_size=spec.vocab_size,
+            workers=args.num_workers,
+        )
+    manifest = build_manifest(plan, done, shards, order_sha256)
     write_file_durably(folder / MANIFEST, manifest.to_json())
     remove_leftovers(folder, {shard.name for shard in manifest.shards})
     return manifest
+
+
+def show_statistics(folder: Path, picture: Path) -> int:
+    from dataset_statistics import write_report
+
+    manifest, _ = read_manifest(folder)
+    say(table(manifest))
+    try:
+        figures = write_report(manifest, picture)
+    except (OSError, ValueError) as error:  # a suffix that matplotlib does not know is a ValueError
+        raise UserError(f"statistics: {picture} cannot be written ({error}); give the name of a .png file") from None
+    say(f"drawn to {picture}, figures in {figures}")
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -543,11 +590,13 @@ def main(argv: list[str] | None = None) -> int:
             source_and_spec=find_inputs(args) if args.dataset_name else None,
             report_path=args.report,
         )
+    if args.statistics:
+        return show_statistics(Path(args.output_dir), Path(args.statistics))
     begin = time.monotonic()
     manifest = tokenize(args)
     if manifest is None:
         return 0
-    say(summary(manifest))
+    say(table(manifest))
     say(f"written to {args.output_dir} in {human_time(time.monotonic() - begin)}; check it with --verify")
     return 0
 

@@ -25,6 +25,7 @@ import encoders
 import process_pool
 from config import UserError
 from data_loader import PLAN, TOKEN_DTYPE, Manifest, ShardInfo, ShardReader, read_manifest
+from pack_documents import ORDER
 from progress import ProgressLine
 from run_log import human_count, human_time, say
 from text_sources import Source, Unit, read_unit
@@ -96,7 +97,7 @@ def _check_tokens(reader: ShardReader, shard: ShardInfo, ends: np.ndarray, vocab
 
 @dataclass(frozen=True)
 class VerifyJob:
-    """Tasks are shards, or (unit, its shards) to compare with the source; a result is a list of problems."""
+    """Tasks are shards, or (unit, places of its documents) to compare with the source; a result is a list of problems."""
 
     folder: Path
     manifest: Manifest
@@ -116,33 +117,30 @@ class VerifyJob:
         return check_unit(self, state[0], *task)
 
 
-def check_unit(job: VerifyJob, encoder: encoders.Encoder, unit: Unit, shards: list[ShardInfo]) -> list[str]:
-    """Read a unit again: its rows with text must be its documents, in order, and sampled ones have the same ids."""
-    documents = sum(shard.documents for shard in shards)
-    sample = set(random.Random(f"verify/{unit.index}").sample(range(documents), min(SAMPLED_DOCUMENTS, documents)))
-    readers = [ShardReader(job.folder, shard.name) for shard in shards]
+def check_unit(job: VerifyJob, encoder: encoders.Encoder, unit: Unit, places: np.ndarray) -> list[str]:
+    """Read a unit again: its rows with text must be its documents, and sampled ones must have the same ids.
+
+    `places` is where each of its documents stands among all documents of the shards.
+    """
+    sample = set(random.Random(f"verify/{unit.index}").sample(range(len(places)), min(SAMPLED_DOCUMENTS, len(places))))
+    firsts = np.cumsum([0, *(shard.documents for shard in job.manifest.shards)])
     problems: list[str] = []
     number = 0
-    cut_short = job.manifest.total_tokens and unit.index == max(job.manifest.statistics["units"]["unit"])
+    cut_short = unit.index == max(job.manifest.statistics["units"]["unit"])
     for row in read_unit(job.source, unit):
         if not row.has_text:
             continue
-        if number == documents and cut_short:
+        if number == len(places) and cut_short:
             break  # --max_tokens ended here
         if number in sample:
-            shard, index = 0, number
-            while index >= shards[shard].documents:
-                index -= shards[shard].documents
-                shard += 1
-            problems += _compare_document(
-                job, encoder, row.text, readers[shard].document(index), shards[shard].name, index
-            )
+            shard = int(np.searchsorted(firsts, places[number], side="right")) - 1
+            name, index = job.manifest.shards[shard].name, int(places[number] - firsts[shard])
+            with ShardReader(job.folder, name) as reader:
+                problems += _compare_document(job, encoder, row.text, reader.document(index), name, index)
         number += 1
-    for reader in readers:
-        reader.close()
-    if number != documents:
+    if number != len(places):
         problems.append(
-            f"unit {unit.index}: its source has {number:,} rows with text but its shards {documents:,} documents"
+            f"unit {unit.index}: its source has {number:,} rows with text but its shards {len(places):,} documents"
         )
     return problems
 
@@ -182,10 +180,14 @@ def check_units(folder: Path, manifest: Manifest) -> list[str]:
         expected = expected[: len(units["unit"])]
     if units["unit"] != expected:
         problems.append("manifest: its units are not the plan's, each once and in order")
-    in_shards = dict.fromkeys(units["unit"], 0)
-    for shard in manifest.shards:
-        unit = int(shard.name.split("_")[1])
-        in_shards[unit] = in_shards.get(unit, 0) + shard.documents
+    if manifest.statistics["pack"] == "source":
+        in_shards = dict.fromkeys(units["unit"], 0)
+        for shard in manifest.shards:
+            unit = int(shard.name.split("_")[1])
+            in_shards[unit] = in_shards.get(unit, 0) + shard.documents
+    else:
+        in_shards = dict(zip(units["unit"], units["documents"], strict=True))
+        problems += check_order(folder, manifest)
     columns = (units[key] for key in ("unit", "rows", "dropped", "documents"))
     for place, (unit, rows, dropped, documents) in enumerate(zip(*columns, strict=True)):
         if rows != dropped + documents or in_shards[unit] != documents:
@@ -199,6 +201,31 @@ def check_units(folder: Path, manifest: Manifest) -> list[str]:
     return problems
 
 
+def check_order(folder: Path, manifest: Manifest) -> list[str]:
+    """Whether the order of packed documents is the manifest's and holds each document exactly once."""
+    try:
+        content = (folder / ORDER).read_bytes()
+    except OSError as error:
+        return [f"{ORDER}: cannot be read ({error.strerror})"]
+    if hashlib.sha256(content).hexdigest() != manifest.statistics["order_sha256"]:
+        return [f"{ORDER}: its sha256 is not the manifest's: the file was changed"]
+    order = np.load(folder / ORDER)
+    if not np.array_equal(np.sort(order), np.arange(manifest.documents)):
+        return [f"{ORDER}: it does not hold each of the {manifest.documents:,} documents exactly once"]
+    return []
+
+
+def unit_places(folder: Path, manifest: Manifest) -> dict[int, np.ndarray]:
+    """Unit -> where each of its documents, in source order, stands among all documents of the shards."""
+    units = manifest.statistics["units"]
+    borders = np.cumsum([0, *units["documents"]])
+    if manifest.statistics["pack"] == "source":
+        places = np.arange(manifest.documents)
+    else:
+        places = np.argsort(np.load(folder / ORDER))
+    return {unit: places[borders[i] : borders[i + 1]] for i, unit in enumerate(units["unit"])}
+
+
 def sampled_units(folder: Path, manifest: Manifest, source: Source, spec: encoders.TokenizerSpec) -> list[tuple]:
     """(unit, its shards) of a seeded sample. Raises UserError if source or tokenizer are not those of the folder."""
     if source.fingerprint() != manifest.source:
@@ -210,7 +237,8 @@ def sampled_units(folder: Path, manifest: Manifest, source: Source, spec: encode
         unit for unit in (Unit(**unit) for unit in plan["units"]) if unit.index in manifest.statistics["units"]["unit"]
     ]
     sample = random.Random("verify").sample(done, min(SAMPLED_UNITS, len(done)))
-    return [(u, [s for s in manifest.shards if int(s.name.split("_")[1]) == u.index]) for u in sample]
+    places = unit_places(folder, manifest)
+    return [(unit, places[unit.index]) for unit in sample]
 
 
 def check_folder(
