@@ -57,6 +57,8 @@ GPUS = (
 def find_gpu(name: str | None) -> Gpu | None:
     """The table's entry for a driver's or a user's name of a card ('NVIDIA H100 80GB HBM3', 'l20'); None if unknown."""
     words = set(re.findall(r"[A-Z0-9]+", (name or "").upper()))
+    if "MIG" in words:  # a slice of a card has neither its peak nor its memory
+        return None
     matches = [gpu for gpu in GPUS if set(gpu.name.split()) <= words]
     return max(matches, key=lambda gpu: len(gpu.name.split()), default=None)
 

@@ -183,6 +183,7 @@ def test_cards_of_this_machine_come_from_the_driver(tmp_path, monkeypatch):
 
 def test_an_unknown_card_has_no_figures():
     assert memory_utils.peak_flops("NVIDIA GeForce RTX 9999") is None
+    assert memory_utils.peak_flops("NVIDIA H100 80GB HBM3 MIG 1g.10gb") is None
     assert memory_utils.peak_flops("NVIDIA H100 80GB HBM3") == 989.4e12
     config = load_config(["--config", "config_h100_2x.yaml"])
     with pytest.raises(UserError, match=r"'rtx9999' is in no table here; give its memory with --gpu_memory_gib"):
