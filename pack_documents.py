@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 
 import process_pool
-from data_loader import ShardInfo, ShardReader, ShardWriter, write_file_durably
+from data_loader import ShardInfo, ShardReader, ShardWriter, read_index, write_file_durably
 from progress import ProgressLine
 from run_log import say
 from token_units import sources_path
@@ -34,6 +34,7 @@ from token_units import sources_path
 ORDER = "document_order.npy"
 MIN_HASHES = 4
 SKETCH_BITS = 256
+SKETCH_TOKENS = 256
 STRETCH = 1024
 SEED = 1234
 
@@ -78,13 +79,15 @@ class SketchJob:
 def sketch(tokens: np.ndarray, state: dict, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
     """(minimum hashes uint32 [4], sign sketch uint8 [32]) of a document's set of tokens, EOS aside.
 
-    Byte-pair vocabularies number their tokens by frequency, so ids in the lowest 2 % are the common ones that tell nothing.
+    Byte-pair vocabularies number their tokens by frequency: ids in the lowest 2 % are the common ones that tell nothing, and
+    the sign sketch is of the SKETCH_TOKENS rarest (of all, it would cost more than tokenizing).
     """
     ids = np.unique(tokens[:-1])
     rare = ids[ids >= vocab_size // 50]
     ids = rare if len(rare) else ids
-    bits = np.unpackbits(state["signs"][ids].view(np.uint8), axis=1).astype(np.int32)
-    signs = bits.sum(axis=0) * 2 > len(ids)
+    rarest = ids[-SKETCH_TOKENS:]
+    bits = np.unpackbits(state["signs"][rarest].view(np.uint8), axis=1)
+    signs = bits.sum(axis=0, dtype=np.int32) * 2 > len(rarest)
     return state["hashes"][:, ids].min(axis=1), np.packbits(signs)
 
 
@@ -147,11 +150,12 @@ class GatherJob:
 
 
 def document_groups(unpacked: Path, units: list[int]) -> np.ndarray:
-    """The number of each document's source, by order of name."""
-    names: list[str] = []
-    for unit in units:
-        names += json.loads(sources_path(unpacked, unit).read_bytes())
-    return np.unique(np.array(names, dtype=object).astype(str), return_inverse=True)[1]
+    """The number of each document's source, by order of name; int32, as there may be many millions of documents."""
+    paths = [sources_path(unpacked, unit) for unit in units]
+    names = sorted(set().union(*(json.loads(path.read_bytes()) for path in paths)))
+    number = {name: i for i, name in enumerate(names)}
+    parts = (np.array([number[name] for name in json.loads(path.read_bytes())], np.int32) for path in paths)
+    return np.concatenate(list(parts))
 
 
 def write_order(
@@ -192,7 +196,7 @@ def pack(
     say(f"packing: {how} order of {sum(shard.documents for shard in shards):,} documents")
     write_order(folder, unpacked, shards, units, how, vocab_size=vocab_size, workers=workers)
     order = np.load(folder / ORDER)
-    lengths = np.concatenate([ShardReader(unpacked, shard.name).lengths for shard in shards])[order]
+    lengths = np.concatenate([read_index(unpacked / f"{shard.name}.idx") for shard in shards])[order]
     tasks, begin, ends = [], 0, np.cumsum(lengths)
     while begin < len(order):
         used = int(ends[begin - 1]) if begin else 0

@@ -105,7 +105,11 @@ def run(
                     processes.pop(connection).join()
                     connection.close()
                 else:
-                    connection.send(busy[connection])
+                    try:
+                        connection.send(busy[connection])
+                    except (BrokenPipeError, ConnectionResetError):
+                        processes[connection].join()
+                        raise WorkerLost(busy[connection], processes[connection].exitcode) from None
     finally:
         for connection, process in processes.items():
             process.terminate()
