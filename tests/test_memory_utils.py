@@ -454,6 +454,17 @@ def test_shipped_sets_are_consistent_and_fit(name):
     assert 100e9 <= plan.total_tokens <= 150e9
 
 
+@pytest.mark.parametrize("name", ["deepspeed_config_h100.json", "deepspeed_config_l20.json"])
+def test_shipped_json_keeps_the_trainers_optimizer(name):
+    """Without this Accelerate replaces our AdamW by a CPU Adam with adamw_mode off: weight decay through the gradient."""
+    ds = read_json(name)
+    assert ds["zero_force_ds_cpu_optimizer"] is False
+    for place in ("offload_optimizer", "offload_param"):
+        assert ds["zero_optimization"][place] == {"device": "cpu", "pin_memory": True}
+    # accumulated in fp32, which DeepSpeed does not do by itself for a bf16 model
+    assert ZeroSettings.from_json(ds, bf16=True).accumulation_bytes == 4
+
+
 @pytest.mark.parametrize("name", ["config_h100_2x.yaml", "config_l20_4x40gb.yaml"])
 def test_the_requirement_in_the_comment_is_the_planned_one(name):
     need = int(re.search(r"needs ([\d,]+) GiB of host memory", (ROOT / name).read_text())[1].replace(",", ""))
