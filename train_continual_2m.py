@@ -154,6 +154,9 @@ def resolve_deepspeed(path: str, config: TrainConfig) -> dict:
     ds["gradient_clipping"] = config.max_grad_norm
     ds.pop("train_batch_size", None)
     ds["bf16"] = {**ds.get("bf16", {}), "enabled": config.bf16}
+    # Accelerate would replace our CPU AdamW by one of its own making with adamw_mode=False: weight decay then goes
+    # through the moments as L2 (seen in accelerate 1.15), which trains another model
+    ds["zero_force_ds_cpu_optimizer"] = False
     return ds
 
 
@@ -199,7 +202,7 @@ def make_optimizer(model, config: TrainConfig, deepspeed_json: str, log: RunLog)
     if not groups:
         raise UserError(f"trainable: {config.trainable!r} leaves no parameter to train in this model")
     common = {
-        "lr": config.learning_rate,
+        "lr": 0.0,  # set before every step; DeepSpeed takes a first step of its own when it allocates the moments
         "betas": (config.adam_beta1, config.adam_beta2),
         "eps": config.adam_epsilon,
     }

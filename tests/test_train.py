@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 import checkpointing
 import data_loader
 import kimi_model
-from config import TrainConfig, parse_curriculum
+from config import TrainConfig, load_config, parse_curriculum
+from train_continual_2m import learning_rate_at
 
 CURRICULUM = "0:64,3:96,6:128"  # stage switches before steps 3 and 6
 STEPS = 8
@@ -112,6 +113,51 @@ def test_one_rank_equals_two_and_accumulation_equals_batch(options, folder):
         found[name] = launched.losses(folder / name)
     assert found["2x2"] == pytest.approx(found["1x4"], rel=2e-6)
     assert found["2x1"] == pytest.approx(found["1x4"], rel=2e-6)
+
+
+def test_training_equals_a_plain_torch_loop(folder):
+    """From a checkpoint in the Hub's layout: ZeRO-3, offload, two ranks, the tiled engine and DeepSpeed's CPU Adam give
+    the losses of transformers' own model under torch's AdamW, with decoupled weight decay large enough to show."""
+    tiny.write_hub_checkpoint(folder / "hub")
+    arguments = (
+        *("--data_dir", str(folder / "tokens"), "--output_dir", str(folder / "zero")),
+        *("--model_name_or_path", str(folder / "hub"), "--deepspeed", launched.DEEPSPEED, "--no-bf16"),
+        *("--curriculum", CURRICULUM, "--num_train_steps", str(STEPS), "--learning_rate", "2e-3"),
+        *("--warmup_steps", "2", "--gradient_accumulation_steps", "2", "--save_steps", "100", "--weight_decay", "1.0"),
+    )
+    launched.train(*arguments)
+    config = load_config(list(arguments))
+    model = kimi_model.load_model(config, kimi_model.read_model_config(config), device=torch.device("cpu"))
+    leaves, _ = kimi_model.take_fp32(model, checkpoint=str(folder / "hub"), device=torch.device("cpu"))
+    groups = kimi_model.parameter_groups(model, config.weight_decay)
+    groups.append({"params": list(leaves.values()), "weight_decay": 0.0})
+    adamw = torch.optim.AdamW(groups, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon)
+    dataset = data_loader.open_dataset(config.data_dir)
+    schedule = data_loader.Schedule(
+        stages=config.stages,
+        num_train_steps=STEPS,
+        world_size=1,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=1,
+    )
+    plain, norms = [], []
+    with data_loader.WindowLoader(dataset, schedule, seed=config.seed, rank=0) as loader:
+        for step in range(STEPS):
+            ids = torch.from_numpy(loader.micro_batch(step, 0))
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+            for leaf in leaves.values():
+                leaf.grad.mul_(min(1.0, config.max_grad_norm / (norm.item() + 1e-6)))
+            for group in adamw.param_groups:
+                group["lr"] = learning_rate_at(step, config)
+            adamw.step()
+            adamw.zero_grad()
+            plain.append(loss.item())
+            norms.append(norm.item())
+    records = launched.metrics(folder / "zero")
+    assert launched.losses(folder / "zero") == pytest.approx(plain, rel=3e-6)
+    assert [records[s]["grad_norm"] for s in range(1, STEPS + 1)] == pytest.approx(norms, rel=1e-4)
 
 
 def test_exported_checkpoint_gives_the_trainers_loss_in_stock_transformers(options, folder, tmp_path):
