@@ -2,13 +2,13 @@
 
     python benchmarks/bench_planner.py --cases cpu  --out benchmarks/results/planner_cpu.json
     python benchmarks/bench_planner.py --cases h100 --only K --out benchmarks/results/planner_h100.json   # one H100; then M
-    python benchmarks/bench_planner.py --table benchmarks/results/planner_*.json                    # no run: plan again, compare
+    python benchmarks/bench_planner.py --table benchmarks/results/planner_*.json benchmarks/results/engine*.json   # no run
 
 Each case is `accelerate launch train_continual_2m.py` under ZeRO-3 with CPU offload on random tokens and random weights.
 Measured: the allocator's highest reserve on the GPU and the seconds of a step (metrics.jsonl; the last step, the first
 holds warm-up), and the highest resident memory of every rank's process, added up (/proc/PID/status, VmHWM). Predicted: by
 memory_utils.plan_run for the same files. `--table` plans again with today's planner, so that a change of the planner is
-judged by runs that were made before it.
+judged by runs that were made before it; it also reads what bench_engine.py collects.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -32,7 +33,7 @@ from config import load_config, read_json  # noqa: E402
 from hardware import found_gpus  # noqa: E402
 from model_shape import ModelShape  # noqa: E402
 from run_log import git_commit, versions  # noqa: E402
-from zero3_memory import set_allocator  # noqa: E402
+from zero3_memory import ZeroSettings, set_allocator  # noqa: E402
 
 GIB = 2**30
 DEMO = json.loads((ROOT / "demo/model.json").read_text())
@@ -101,7 +102,7 @@ def main() -> int:
     os.chdir(ROOT)
     records = []
     if arguments.table:
-        records = [record for name in arguments.table for record in json.loads(Path(name).read_text())["records"]]
+        records = [record for name in arguments.table for record in read_records(Path(name))]
     elif arguments.out and Path(arguments.out).exists():  # go on: cases that are run again are replaced
         records = json.loads(Path(arguments.out).read_text())["records"]
     for case in CASES[arguments.cases] if arguments.cases else ():
@@ -256,6 +257,52 @@ def watch(folder: str, highest: dict[int, dict]) -> None:
 # ---------------------------------------------------------------------------------------------- predicted against measured
 
 
+def read_records(path: Path) -> list[dict]:
+    """The records of a file: this benchmark's own, or one per length of a run that bench_engine.py collected."""
+    found = json.loads(path.read_text())
+    if "records" in found:
+        return found["records"]
+    return engine_records(found, path.stem)
+
+
+def engine_records(run: dict, name: str) -> list[dict]:
+    """A run of bench_engine.py: its options stand in the log's first line, the card in its header; it has one rank.
+
+    The last step of each length is taken. Its host memory was not measured.
+    """
+    import bench_engine
+
+    words = re.search(r"train_continual_2m\.py (.*)", run["log"])[1]
+    options = dict(re.findall(r"--(\w+) (?!--)(\S+)", words))
+    kept = ("curriculum", "num_train_steps", "attention_outputs", "gpu_memory_gib", "trainable", "offload")
+    kept += ("segment_tokens", "heads_per_group", "token_tile", "attention_backend")
+    values = {key: options[key] for key in kept if key in options}
+    card = re.search(r"hardware: \d+ x (.*?), host", run["log"])[1]
+    ds = read_json("deepspeed_config_h100.json")
+    ds["data_types"]["grad_accum_dtype"] = "bf16"
+    for place in ("offload_optimizer", "offload_param"):
+        ds["zero_optimization"][place]["pin_memory"] = False
+    machine = {"num_gpus": 1, "gpu": card, "gpu_memory_gib": None, "host_memory_gib": 128}
+    if "gpu_memory_gib" in values:
+        machine["gpu_memory_gib"] = float(values["gpu_memory_gib"])
+    last = {step["seq_length"]: step for step in run["steps"]}
+    return [
+        {
+            "case": asdict(Case(f"{name}, {n:,}", run.get("model", bench_engine.MODEL), n, 1, options=values)),
+            "machine": machine,
+            "allocator": {},
+            "deepspeed": ds,
+            "measured": {
+                "exit_code": 0,
+                "gpu_bytes": step["peak_gib"] * GIB,
+                "host_bytes": None,
+                "step_seconds": step["seconds"],
+            },
+        }
+        for n, step in last.items()
+    ]
+
+
 def predict(record: dict) -> memory_utils.StagePlan:
     """Today's plan for a recorded case."""
     values = {**record["case"]}
@@ -266,8 +313,10 @@ def predict(record: dict) -> memory_utils.StagePlan:
         ds = "deepspeed_config_h100.json" if on_gpu else "demo/deepspeed.json"
         words[words.index("--deepspeed") + 1] = ds
         config = load_config(words)
+    zero = ZeroSettings.from_json(record.get("deepspeed", read_json(ds)), bf16=config.bf16)
     shape = ModelShape.from_config_dict(case.model)
-    return memory_utils.plan_run(config, shape, environ=record["allocator"], **record["machine"]).stages[0]
+    plan = memory_utils.plan_run(config, shape, zero=zero, environ=record["allocator"], **record["machine"])
+    return next(stage for stage in plan.stages if stage.seq_length == case.seq_length)
 
 
 def table(records: list[dict]) -> str:
