@@ -145,14 +145,18 @@ def _kda_document(q_THK, k_THK, v_THV, g_THK, beta_TH, state_HKV):
 
 
 def kda_fla(q_THK, k_THK, v_THV, g_THK, beta_TH, A_log, dt_bias, state_HKV, documents: Documents):
-    """fla's chunk kernel, same meaning as `kda_reference`; the state is fp32."""
+    """fla's chunk kernel, same meaning as `kda_reference`; the state is fp32.
+
+    A missing state is passed as zeros: fla tunes its kernels once more for calls without one.
+    """
     from fla.ops.kda import chunk_kda
 
-    cu_seqlens, state = None, None if state_HKV is None else state_HKV.unsqueeze(0)
+    if state_HKV is None:
+        state_HKV = q_THK.new_zeros(*q_THK.shape[1:], v_THV.shape[-1], dtype=torch.float32)
+    cu_seqlens, state = None, state_HKV.unsqueeze(0)
     if len(documents.bounds) > 2:
         cu_seqlens = documents.cu_seqlens(q_THK.device, torch.long)
-        first = q_THK.new_zeros(1, *q_THK.shape[1:], v_THV.shape[-1], dtype=torch.float32) if state is None else state
-        state = F.pad(first, (0, 0) * 3 + (0, len(documents.bounds) - 2))
+        state = F.pad(state, (0, 0) * 3 + (0, len(documents.bounds) - 2))
     out, state = chunk_kda(
         *(x.unsqueeze(0) for x in (q_THK, k_THK, v_THV, g_THK, beta_TH)),
         A_log=A_log.reshape(-1),
@@ -185,19 +189,21 @@ def causal_conv_reference(x_TD, weight_DW, tail_WD, documents: Documents):
 
 
 def causal_conv_fla(x_TD, weight_DW, tail_WD, documents: Documents):
-    """fla's Triton convolution, same meaning as `causal_conv_reference`."""
+    """fla's Triton convolution, same meaning as `causal_conv_reference`; a missing tail is passed as zeros, as above."""
     from fla.modules.causal_conv1d import causal_conv1d
 
-    several = len(documents.bounds) > 2
-    state = None
-    if tail_WD is not None:  # fla's state has W columns of which the first is not read
-        state = F.pad(tail_WD.t(), (1, 0)).unsqueeze(0)
-        if several:
-            state = F.pad(state, (0, 0) * 2 + (0, len(documents.bounds) - 2))
-        state = state.contiguous()
-    cu_seqlens = documents.cu_seqlens(x_TD.device, torch.long) if several else None
+    if tail_WD is None:
+        tail_WD = x_TD.new_zeros(weight_DW.shape[1] - 1, x_TD.shape[1])
+    state, cu_seqlens = F.pad(tail_WD.t(), (1, 0)).unsqueeze(0), None  # fla does not read the first of its W columns
+    if len(documents.bounds) > 2:
+        cu_seqlens = documents.cu_seqlens(x_TD.device, torch.long)
+        state = F.pad(state, (0, 0) * 2 + (0, len(documents.bounds) - 2))
     return causal_conv1d(
-        x_TD.unsqueeze(0), weight=weight_DW, initial_state=state, activation="silu", cu_seqlens=cu_seqlens
+        x_TD.unsqueeze(0),
+        weight=weight_DW,
+        initial_state=state.contiguous(),
+        activation="silu",
+        cu_seqlens=cu_seqlens,
     )[0][0]
 
 

@@ -234,9 +234,8 @@ class Stash:
             self._written = self.transfer.to_host(self.data[start:end], tile.contiguous())
 
     def free(self) -> None:
-        """Give the memory back. A host buffer's last copy may still be under way: the next owner's waits for it."""
+        """Give the memory back. Copies into it may still be under way: the next owner's come after them on their stream."""
         if self._buffer is not None:
-            self.transfer.drain()
             self.transfer.pool.give(self._buffer)
         self.data = self._buffer = None
 
@@ -422,6 +421,7 @@ class LongSequenceEngine:
         is_new = key not in self._plans
         if is_new:
             if self.transfer.cuda and tokens > max((known for known, _ in self._plans), default=tokens):
+                self.transfer.drain()
                 self.transfer.pool.release_free()  # buffers of shorter sequences fit nothing any more
             self._plans[key] = plan_step(
                 self.parts.shape,

@@ -330,7 +330,7 @@ def test_zero3_on_two_ranks_equals_the_plain_model():
     """Losses over steps with accumulation, and the weights after them; CPU processes, gloo, parameters offloaded."""
     pytest.importorskip("deepspeed")
     worker = Path(__file__).parent / "zero3_worker.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29617", str(worker)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(worker)]
     paths = os.pathsep.join([str(worker.parent), str(worker.parent.parent)])
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
