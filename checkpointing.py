@@ -22,6 +22,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,9 +35,8 @@ NAME = re.compile(r"checkpoint-step(\d+)$")
 TEMPORARY = ".writing-"
 # Options that decide what is computed: a resumed run must have the same
 MATHEMATICS = (
-    "curriculum per_device_train_batch_size gradient_accumulation_steps tokens_per_step learning_rate warmup_steps "
-    "lr_scheduler_type num_train_steps weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm seed bf16 "
-    "trainable document_mask"
+    "curriculum learning_rate warmup_steps lr_scheduler_type num_train_steps weight_decay adam_beta1 adam_beta2 "
+    "adam_epsilon max_grad_norm seed bf16 trainable document_mask"
 ).split()
 
 
@@ -224,12 +225,13 @@ def read_state(path: Path) -> TrainerState:
         raise UserError(f"resume_from_checkpoint: {file} cannot be read ({error})") from None
 
 
-def options_of(config: TrainConfig) -> dict:
-    """The options that decide the mathematics, for trainer_state.json."""
-    return {name: getattr(config, name) for name in MATHEMATICS}
+def options_of(config: TrainConfig, sequences_per_step: list[int]) -> dict:
+    """What decides the mathematics, for trainer_state.json. Batch, accumulation and processes count only in the number
+    of sequences of a step (one number a stage): how they are shared out changes nothing but the order of sums."""
+    return {**{name: getattr(config, name) for name in MATHEMATICS}, "sequences_per_step": sequences_per_step}
 
 
-def check_resume(state: TrainerState, *, config: TrainConfig, manifest_hash: str, fingerprint: str, world_size: int):
+def check_resume(state: TrainerState, *, options: dict, manifest_hash: str, fingerprint: str) -> None:
     """Raise one UserError that names everything in which the checkpoint and this run differ."""
     problems = []
     if state.model_fingerprint != fingerprint:
@@ -239,23 +241,59 @@ def check_resume(state: TrainerState, *, config: TrainConfig, manifest_hash: str
             f"the checkpoint was trained on another data set (manifest {state.manifest_hash[:12]}, "
             f"now {manifest_hash[:12]}); give the --data_dir it was started with"
         )
-    if state.world_size != world_size:
-        problems.append(f"the checkpoint was written by {state.world_size} processes, this run has {world_size}")
-    for name, value in options_of(config).items():
+    for name, value in options.items():
         if name in state.options and state.options[name] != value:
             problems.append(f"{name}: the checkpoint has {state.options[name]!r}, this run {value!r}")
     if problems:
         raise UserError("\n".join(f"resume_from_checkpoint: {problem}" for problem in problems))
 
 
-def load_checkpoint(engine, fp32, path: Path) -> None:
-    """Load model, optimizer and fp32 parameters from a complete checkpoint; every rank calls it."""
+def load_checkpoint(engine, fp32, path: Path, state: TrainerState, *, log) -> None:
+    """Load model, optimizer and fp32 parameters from a complete checkpoint; every rank calls it.
+
+    For another number of processes than wrote it, DeepSpeed's universal checkpoint is made beside it first (the size of
+    the checkpoint again, deleted after loading).
+    """
+    import torch.distributed as dist
     from safetensors.torch import load_file
 
-    loaded, _ = engine.load_checkpoint(str(path), tag="zero", load_lr_scheduler_states=False)
+    # DeepSpeed's universal load gives every parameter group the first one's values
+    weight_decays = [group["weight_decay"] for group in engine.optimizer.param_groups]
+    universal = path.with_name(f"{TEMPORARY}universal-{path.name}")
+    other_world = state.world_size != dist.get_world_size()
+    if other_world:
+        log.line(
+            f"resume: {path.name} was written by {state.world_size} processes, converting for {dist.get_world_size()}"
+        )
+        if dist.get_rank() == 0:
+            _convert_to_universal(path / "zero", universal / "zero")
+        dist.barrier()
+        engine._config.load_universal_checkpoint = True
+    loaded, _ = engine.load_checkpoint(
+        str(universal if other_world else path), tag="zero", load_lr_scheduler_states=False
+    )
     if loaded is None:
         raise UserError(f"resume_from_checkpoint: DeepSpeed found no shards in {path / 'zero'}")
+    for group, weight_decay in zip(engine.optimizer.param_groups, weight_decays, strict=True):
+        group["weight_decay"] = weight_decay
+    if other_world:
+        engine._config.load_universal_checkpoint = False
+        dist.barrier()
+        if dist.get_rank() == 0:
+            shutil.rmtree(universal)
     fp32.load_state(load_file(str(path / "fp32.safetensors")))
+
+
+def _convert_to_universal(zero_folder: Path, output: Path) -> None:
+    """Run DeepSpeed's own converter in a process of its own (it starts worker processes)."""
+    shutil.rmtree(output.parent, ignore_errors=True)
+    output.parent.mkdir(parents=True)
+    words = ["--input_folder", str(zero_folder), "--output_folder", str(output)]
+    done = subprocess.run(
+        [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *words], capture_output=True, text=True
+    )
+    if done.returncode != 0:
+        raise OSError(f"{zero_folder}: converting for another number of processes failed:\n{done.stderr[-2000:]}")
 
 
 # ---------------------------------------------------------------------------------------------- export

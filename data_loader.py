@@ -536,6 +536,11 @@ class Schedule:
             start_token += self.stage_steps(index) * accumulation * rows * stage.seq_length
         self.total_tokens = start_token
 
+    @property
+    def sequences_per_step(self) -> list[int]:
+        """Sequences of an optimizer step on all ranks, one number a stage."""
+        return [accumulation * self.world_size * self.batch for accumulation in self._accumulation]
+
     def stage_steps(self, index: int) -> int:
         """Optimizer steps of stage `index` within num_train_steps."""
         ends = [stage.start_step for stage in self.stages[1:]] + [self.num_train_steps]

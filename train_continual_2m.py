@@ -330,16 +330,11 @@ def train(config: TrainConfig, deepspeed_json: str, dataset, schedule, shape, pl
     if config.resume_from_checkpoint:
         resume_path = checkpointing.find_checkpoint(config.resume_from_checkpoint, config.output_dir, log=log)
     fingerprint = checkpointing.model_fingerprint(model_config)
+    options = checkpointing.options_of(config, schedule.sequences_per_step)
     progress = Progress()
     if resume_path:
         state = checkpointing.read_state(resume_path)
-        checkpointing.check_resume(
-            state,
-            config=config,
-            manifest_hash=dataset.manifest_hash,
-            fingerprint=fingerprint,
-            world_size=accelerator.num_processes,
-        )
+        checkpointing.check_resume(state, options=options, manifest_hash=dataset.manifest_hash, fingerprint=fingerprint)
         progress = Progress(state.step, state.tokens_seen, state.skipped_in_a_row, state.skipped_total)
 
     # --- model, optimizer
@@ -355,7 +350,7 @@ def train(config: TrainConfig, deepspeed_json: str, dataset, schedule, shape, pl
     kimi_model.restore_fp32_buffers(engine.module, fp32_buffers)
     fp32 = kimi_model.Fp32Optimizer(fp32_leaves, fp32_buffers, config)
     if resume_path:
-        checkpointing.load_checkpoint(engine, fp32, resume_path)
+        checkpointing.load_checkpoint(engine, fp32, resume_path, state, log=log)
         log.line(f"resumed from {resume_path}: step {progress.step}, {human_count(progress.tokens_seen)} tokens seen")
     elif config.resume_from_checkpoint:
         log.line(f"resume_from_checkpoint: no checkpoint in {config.output_dir} yet, starting at step 0")
@@ -386,7 +381,7 @@ def train(config: TrainConfig, deepspeed_json: str, dataset, schedule, shape, pl
             model_fingerprint=fingerprint,
             model=config.model_config or config.model_name_or_path,
             tokenizer=dataset.manifest.tokenizer_name,
-            options=checkpointing.options_of(config),
+            options=options,
             versions=versions(PACKAGES),
         )
         checkpointing.save_checkpoint(engine, fp32, state, config=config, model_config=model_config, log=log)

@@ -32,7 +32,7 @@ STATE = checkpointing.TrainerState(
     model_fingerprint="f" * 64,
     model="somewhere",
     tokenizer="words",
-    options=checkpointing.options_of(TrainConfig()),
+    options=checkpointing.options_of(TrainConfig(), [512] * 5),
     versions={},
 )
 
@@ -105,16 +105,15 @@ def test_retention_keeps_the_newest_complete_ones(tmp_path):
     [
         ({"model_fingerprint": "g" * 64}, "of another model"),
         ({"manifest_hash": "n" * 64}, "another data set .*give the --data_dir"),
-        ({"world_size": 4}, "written by 4 processes, this run has 2"),
         ({"options": {**STATE.options, "learning_rate": 1.0}}, "learning_rate: the checkpoint has 1.0, this run 1e-05"),
+        ({"options": {**STATE.options, "sequences_per_step": [8] * 5}}, "sequences_per_step: the checkpoint has .8, 8"),
     ],
 )
 def test_resume_refuses_what_would_change_the_mathematics(change, message):
     arguments = {
-        "config": TrainConfig(),
+        "options": checkpointing.options_of(TrainConfig(), [512] * 5),
         "manifest_hash": STATE.manifest_hash,
         "fingerprint": STATE.model_fingerprint,
-        "world_size": 2,
     }
     checkpointing.check_resume(STATE, **arguments)
     with pytest.raises(UserError, match=message):

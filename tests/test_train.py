@@ -115,6 +115,19 @@ def test_one_rank_equals_two_and_accumulation_equals_batch(options, folder):
     assert found["2x1"] == pytest.approx(found["1x4"], rel=2e-6)
 
 
+def test_another_number_of_ranks_continues_the_same_run(options, folder):
+    """fp32: three steps on two ranks, two more on one rank, the rest on four, at the same four sequences a step."""
+    whole = ("--no-bf16",)
+    launched.train(*options("ranks2", *whole, accumulation=2), ranks=2)
+    launched.train(*options("moved", *whole, "--stop_after_steps", "3", accumulation=2), ranks=2)
+    resume = ("--resume_from_checkpoint", "latest")
+    output = launched.train(*options("moved", *whole, *resume, "--stop_after_steps", "5", accumulation=4), ranks=1)
+    assert "was written by 2 processes, converting for 1" in output
+    launched.train(*options("moved", *whole, *resume, accumulation=1), ranks=4)
+    assert launched.losses(folder / "moved") == pytest.approx(launched.losses(folder / "ranks2"), rel=3e-6)
+    assert not list((folder / "moved").glob(".writing-*"))
+
+
 def test_training_equals_a_plain_torch_loop(folder):
     """From a checkpoint in the Hub's layout: ZeRO-3, offload, two ranks, the tiled engine and DeepSpeed's CPU Adam give
     the losses of transformers' own model under torch's AdamW, with decoupled weight decay large enough to show."""
