@@ -546,4 +546,5 @@ def probe_texts(spec: TokenizerSpec) -> list[str]:
 
 
 def _flat(parts: list[np.ndarray]) -> np.ndarray:
-    return np.concatenate(parts).astype(np.int32, copy=False) if parts else np.zeros(0, np.int32)
+    """Parts of one 32-bit type one after another, as int32 (ids are far below 2^31, so uint32 is read as it is)."""
+    return np.concatenate(parts).view(np.int32) if parts else np.zeros(0, np.int32)

@@ -578,11 +578,25 @@ def _column_rows(batches, source: Source, name: str, first_row: int) -> Iterator
         place = batch.schema.get_field_index(source.source_column) if source.source_column else -1
         origins = batch.column(place) if place >= 0 else None
         for at in range(0, len(texts), 64):
-            values = _python_values(texts.slice(at, 64))
+            part = texts.slice(at, 64)
+            values, sizes = _python_values(part), _utf8_sizes(part)
             where_from = _python_values(origins.slice(at, 64)) if origins is not None else itertools.repeat(None)
-            for value, origin in zip(values, where_from, strict=False):
-                yield _clean(value, lambda row=row: f"{name}, row {row}", origin=_origin(origin))
+            for value, size, origin in zip(values, sizes, where_from, strict=False):
+                if size is not None and type(value) is str:  # arrow's strings are UTF-8: nothing to clean
+                    yield Row(value, size, source=_origin(origin))
+                else:
+                    yield _clean(value, lambda row=row: f"{name}, row {row}", origin=_origin(origin))
                 row += 1
+
+
+def _utf8_sizes(array):
+    """Bytes of each string; None for each value of a type that does not say."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if pa.types.is_string(array.type) or pa.types.is_large_string(array.type):
+        return pc.binary_length(array).to_pylist()
+    return itertools.repeat(None)
 
 
 def _python_values(array) -> list:

@@ -4,6 +4,7 @@
     pip install --no-deps dashscope==2.0.2                                                     # for its qwen.tiktoken
     python benchmarks/bench_tokenize.py corpus --debs DEBS --work WORK
     python benchmarks/bench_tokenize.py speed --work WORK --datatrove_python OTHER_VENV/bin/python
+    python benchmarks/bench_tokenize.py steady --work WORK
     python benchmarks/bench_tokenize.py kills --work WORK --kills 20
     python benchmarks/bench_tokenize.py memory --work WORK
 
@@ -340,6 +341,49 @@ def speed(args: argparse.Namespace) -> dict:
     return {"corpus": corpus, "medians": table, "ratios": ratios, "runs": runs}
 
 
+def steady(args: argparse.Namespace) -> dict:
+    """Whole units (read, encode, check, hash, write, fsync) against the encoder alone on the same texts, in one process.
+
+    Interleaved unit by unit, processor time, start-up left out: what a long run pays beyond the encoder.
+    """
+    import tempfile
+
+    from text_sources import cut_units, find_source, read_unit
+    from token_units import TokenizeJob
+
+    spec = encoders.find_tokenizer(str(args.work / "kimi"))
+    path = str(args.work / "corpus.parquet")
+    source = find_source(path, config=None, split=None, text_column="text", threads=1)
+    encoding, _ = tiktoken_encoding(str(args.work / "kimi"))
+    report = {}
+    with tempfile.TemporaryDirectory(dir=args.work) as folder:
+        for name in ("reference", "fast"):
+            job = TokenizeJob(folder, source, spec, name, 1 << 26, "plan")
+            state = job.start(lambda **counts: None)
+            rows = []
+            for unit in cut_units(source, unit_bytes=32 << 20):
+                texts = [row.text for row in read_unit(source, unit) if row.has_text]
+                begin = time.process_time()
+                tokens = 0
+                for text in texts:
+                    for piece in encoders.kimi_pieces(text):
+                        tokens += len(encoding.encode_to_numpy(piece, disallowed_special=()))
+                alone = time.process_time() - begin
+                begin = time.process_time()
+                job.work(state, (unit, None), lambda **counts: None)
+                rows.append(
+                    {"tokens": tokens, "tiktoken_alone_cpu_s": alone, "unit_cpu_s": time.process_time() - begin}
+                )
+            report[name] = {
+                "unit / tiktoken alone, processor time": statistics.median(
+                    r["unit_cpu_s"] / r["tiktoken_alone_cpu_s"] for r in rows
+                ),
+                "mtok_per_cpu_s": statistics.median(r["tokens"] / r["unit_cpu_s"] / 1e6 for r in rows),
+                "units": rows,
+            }
+    return report
+
+
 def kills(args: argparse.Namespace) -> dict:
     """SIGKILL at random moments, then the comparison of every byte with an uninterrupted run."""
     sys.path.insert(0, str(ROOT / "tests"))
@@ -402,7 +446,7 @@ def memory(args: argparse.Namespace) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("corpus", "speed", "kills", "memory", "one"))
+    parser.add_argument("what", choices=("corpus", "speed", "steady", "kills", "memory", "one"))
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--debs", type=Path)
     parser.add_argument("--corpus_bytes", type=int, default=400_000_000)
@@ -419,7 +463,7 @@ def main() -> None:
         run_one(args.name, args.work, args.workers, args.datatrove_python)
     else:
         report = {"what": args.what, "environment": environment(args.workers)}
-        report |= {"speed": speed, "kills": kills, "memory": memory}[args.what](args)
+        report |= {"speed": speed, "steady": steady, "kills": kills, "memory": memory}[args.what](args)
         target = ROOT / "benchmarks" / "results" / f"tokenize_{args.what}.json"
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(json.dumps(report, indent=1) + "\n")
