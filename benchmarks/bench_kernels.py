@@ -149,7 +149,7 @@ def bench_matmul(bench: Bench) -> None:
 def bench_copies(bench: Bench) -> None:
     import torch
 
-    from long_sequence import HostPool
+    from stash import HostPool
 
     size = 2**30
     started = time.time()

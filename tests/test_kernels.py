@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -164,7 +165,7 @@ def test_experts_are_a_weighted_sum_of_mlps(hit):
 
 def test_frozen_experts_get_no_weight_gradient():
     calls = []
-    watched = kernels.dataclasses.replace(PLAIN, grouped_weight_grad=lambda *a: calls.append(a))
+    watched = dataclasses.replace(PLAIN, grouped_weight_grad=lambda *a: calls.append(a))
     x, weight = draw(4, 6).requires_grad_(), draw(4, 2)
     out = Experts.apply(x, weight, torch.tensor([[0, 1]] * 4), draw(3, 8, 6), draw(3, 6, 4), watched, True)
     out.sum().backward()

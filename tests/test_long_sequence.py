@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from config import UserError
 from engine_plan import EngineOptions, engine_buffers, peak_bytes, plan_step
 from kimi_model import _model_parts, install_long_sequence, set_trainable
-from long_sequence import Stash, Transfer, read_ahead
+from stash import Stash, Transfer, read_ahead
 
 # transformers computes norms, gates and the recurrence in fp32 even in an fp64 model: 1e-5 is that rounding's size, and an
 # engine in fp64 throughout differs by 1e-6 on these models
