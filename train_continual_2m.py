@@ -40,6 +40,7 @@ PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "fla-core", "fla
 
 def main() -> int:
     config = load_config()
+    memory_utils.set_allocator()
 
     # --- check everything that can be checked without a GPU, a process group or the weights
     world_size = world_size_of(config)
@@ -211,7 +212,8 @@ def make_optimizer(model, config: TrainConfig, deepspeed_json: str, log: RunLog)
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         log.line("optimizer: DeepSpeed CPU Adam (compiles its C++ op at first use: about a minute, then cached)")
-        return DeepSpeedCPUAdam(groups, adamw_mode=True, **common)
+        bf16_moments = (read_json(deepspeed_json).get("bf16") or {}).get("bf16_optimizer_states") is True
+        return DeepSpeedCPUAdam(groups, adamw_mode=True, fp32_optimizer_states=not bf16_moments, **common)
     log.line("optimizer: torch AdamW")
     return torch.optim.AdamW(groups, **common)
 
@@ -304,7 +306,7 @@ def install_engine(model, config: TrainConfig, plan, dataset, log: RunLog) -> No
         ),
         attention_backend=config.attention_backend,
         document_separator_id=dataset.manifest.eos_token_id if config.document_mask else None,
-        gpu_budget_gib=config.gpu_memory_gib,
+        gpu_budget_gib=chosen.gpu_budget_gib,
     )
     log.line(f"engine: {report}")
 
@@ -384,17 +386,21 @@ def train(config: TrainConfig, deepspeed_json: str, dataset, schedule, shape, pl
             options=options,
             versions=versions(PACKAGES),
         )
-        checkpointing.save_checkpoint(engine, fp32, state, config=config, model_config=model_config, log=log)
+        with profiler.phase("save"):
+            checkpointing.save_checkpoint(engine, fp32, state, config=config, model_config=model_config, log=log)
 
-    meter = Meter(shape, schedule, device, accelerator.num_processes, end)
+    meter = Meter(shape, config.trainable, schedule, device, accelerator.num_processes, end)
+    profiler = meter.profiler
     saved_at = progress.step if resume_path else None
     exit_code = 0
     while progress.step < end and not stop.requested:
         step_plan = schedule.step(progress.step)
+        if meter.stage not in (None, step_plan.stage_index):
+            log.line(meter.predicted_beside_measured(plan))
         torch.manual_seed(config.seed + progress.step)
         learning_rate = learning_rate_at(progress.step, config)
         meter.start()
-        result = train_step(engine, fp32, loader, step_plan, learning_rate, config, stop)
+        result = train_step(engine, fp32, loader, step_plan, learning_rate, config, stop, profiler)
         if result is None:  # stopped inside the step: its gradients are dropped, the resumed run does it again
             break
         progress.advance(step_plan, skipped=result.skipped)
@@ -415,6 +421,8 @@ def train(config: TrainConfig, deepspeed_json: str, dataset, schedule, shape, pl
         if progress.step % config.save_steps == 0:
             save()
             saved_at = progress.step
+    if meter.stage is not None:
+        log.line(meter.predicted_beside_measured(plan))
     if stop.requested:
         log.line(f"stopped by {stop.name} after step {progress.step}; resume with --resume_from_checkpoint latest")
     if saved_at != progress.step:
@@ -470,7 +478,9 @@ class StopSignal:
         return self.requested
 
 
-def train_step(engine, fp32, loader, step_plan, learning_rate: float, config: TrainConfig, stop) -> StepResult | None:
+def train_step(
+    engine, fp32, loader, step_plan, learning_rate: float, config: TrainConfig, stop, profiler
+) -> StepResult | None:
     """One optimizer step over `step_plan.accumulation_steps` micro-steps; None if a stop was asked for inside it.
 
     The loss of a step is the mean over its sequences on all ranks. A non-finite gradient anywhere makes the global norm
@@ -485,17 +495,20 @@ def train_step(engine, fp32, loader, step_plan, learning_rate: float, config: Tr
         input_ids = torch.from_numpy(loader.micro_batch(step_plan.step, micro_step)).to(device)
         # Told before the forward, since ZeRO-3 copies gradients to the host only at the boundary
         engine.set_gradient_accumulation_boundary(micro_step == step_plan.accumulation_steps - 1)
-        loss = engine(input_ids=input_ids, labels=input_ids, use_cache=False).loss / step_plan.accumulation_steps
+        with profiler.phase("forward"):
+            loss = engine(input_ids=input_ids, labels=input_ids, use_cache=False).loss / step_plan.accumulation_steps
         loss_sum += loss.detach()
         if not torch.isfinite(loss):
             loss = loss * float("nan")
-        engine.backward(loss, scale_wrt_gas=False)
+        with profiler.phase("backward"):
+            engine.backward(loss, scale_wrt_gas=False)
         if stop.agree():
             return None
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
     fp32.reduce_gradients()
-    engine.step()
+    with profiler.phase("optimizer"):
+        engine.step()
     torch.distributed.all_reduce(loss_sum)
     loss = (loss_sum / torch.distributed.get_world_size()).item()
     skipped = bool(engine.optimizer.overflow)
@@ -510,15 +523,20 @@ def train_step(engine, fp32, loader, step_plan, learning_rate: float, config: Tr
 class Meter:
     """Time, speed and memory of each step, and how long the rest takes at the speed in FLOP/s seen so far."""
 
-    def __init__(self, shape, schedule, device, world_size: int, end: int):
-        self.shape, self.schedule, self.device, self.world_size, self.end = shape, schedule, device, world_size, end
+    def __init__(self, shape, trainable: str, schedule, device, world_size: int, end: int):
+        self.shape, self.trainable, self.schedule = shape, trainable, schedule
+        self.device, self.world_size, self.end = device, world_size, end
         self.peak = memory_utils.peak_flops(found_gpu()[0]) if device.type == "cuda" else None
         self.flops_per_second: float | None = None
+        self.profiler = memory_utils.PhaseProfiler()
+        self.stage: int | None = None
+        self.stage_peaks: dict[str, memory_utils.PhasePeak] = {}
 
     def flops_of(self, step: int) -> float:
         """Model FLOPs of an optimizer step: forward and backward, no recompute."""
         plan = self.schedule.step(step)
-        return sum(memory_utils.model_flops_per_step(self.shape, plan.seq_length, plan.sequences).values())
+        terms = memory_utils.model_flops_per_step(self.shape, plan.seq_length, plan.sequences, trainable=self.trainable)
+        return sum(terms.values())
 
     def remaining_flops(self, next_step: int) -> float:
         starts = [stage.start_step for stage in self.schedule.stages] + [self.end]
@@ -530,15 +548,19 @@ class Meter:
         return total
 
     def start(self) -> None:
-        if self.device.type == "cuda":
-            import torch
-
-            torch.cuda.reset_peak_memory_stats(self.device)
+        self.profiler.peaks.clear()
         self.started = time.perf_counter()
 
     def finish(self, step_plan, result: StepResult, learning_rate: float) -> dict:
         seconds = time.perf_counter() - self.started
         flops = self.flops_of(step_plan.step)
+        phases = self.profiler.peaks
+        if self.stage != step_plan.stage_index:
+            self.stage, self.stage_peaks = step_plan.stage_index, {}
+        for name, peak in phases.items():
+            highest = self.stage_peaks.setdefault(name, memory_utils.PhasePeak())
+            for key in ("gpu_allocated", "gpu_reserved", "pinned", "process"):
+                setattr(highest, key, max(getattr(highest, key), getattr(peak, key)))
         # The first steps hold compilation and warm-up: forget them quickly
         now = flops / seconds
         self.flops_per_second = now if self.flops_per_second is None else 0.5 * self.flops_per_second + 0.5 * now
@@ -554,19 +576,22 @@ class Meter:
             "seconds": seconds,
             "tokens_per_second": step_plan.tokens / seconds,
             "mfu": flops / seconds / (self.peak * self.world_size) if self.peak else None,
-            "peak_gib": self.peak_gib(),
+            "peak_gib": max(p.gpu_reserved if self.peak_is_gpu else p.process for p in phases.values()) / 2**30,
+            "process_gib": max(p.process for p in phases.values()) / 2**30,
+            "pinned_gib": max(p.pinned for p in phases.values()) / 2**30,
+            **{f"{name}_seconds": peak.seconds for name, peak in phases.items()},
             "eta_seconds": self.remaining_flops(step_plan.step + 1) / self.flops_per_second,
         }
 
-    def peak_gib(self) -> float:
-        """GPU: the allocator's reserve at its highest in this step. CPU: the process's highest resident set."""
-        import torch
+    @property
+    def peak_is_gpu(self) -> bool:
+        """The line's peak: on a GPU the allocator's reserve at its highest, on a CPU the process's resident set."""
+        return self.device.type == "cuda"
 
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_reserved(self.device) / 2**30
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    def predicted_beside_measured(self, plan) -> str:
+        """What the plan said of the stage now ending, and what its steps took."""
+        seq_length = self.schedule.stages[self.stage].seq_length
+        return memory_utils.compare_text(plan, seq_length, self.stage_peaks)
 
     def text(self, record: dict) -> str:
         mfu = f"{100 * record['mfu']:4.1f}%" if record["mfu"] is not None else " n/a"
