@@ -307,6 +307,7 @@ def install_engine(model, config: TrainConfig, plan, dataset, log: RunLog) -> No
         attention_backend=config.attention_backend,
         document_separator_id=dataset.manifest.eos_token_id if config.document_mask else None,
         gpu_budget_gib=chosen.gpu_budget_gib,
+        reserve_tokens=config.per_device_train_batch_size * max(stage.seq_length for stage in config.stages),
     )
     log.line(f"engine: {report}")
 
