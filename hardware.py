@@ -102,9 +102,9 @@ RATES = {
         kda_forward_tokens=2097152 / 0.39,
         kda_backward_tokens=2097152 / 1.57,
         matmul=755e12,
-        experts_forward=183e12,
-        experts_both=205e12,
-        head=133e12,
+        experts_forward=479e12,  # 64 experts, tiles of 65,536 tokens: benchmarks/results/engine_kernels_h100.json
+        experts_both=601e12,
+        head=656e12,
         pcie_bytes=55e9,
     )
 }

@@ -59,7 +59,12 @@ def main() -> None:
     file = Path(sys.argv[2]) if len(sys.argv) > 2 else run / "run.png"
     steps = read_steps(run)
     first, last = steps[0]["loss"], sum(r["loss"] for r in steps[-10:]) / len(steps[-10:])
-    draw(steps, resume_points(run), file, f"{run}: loss {first:.2f} -> {last:.2f} (mean of the last 10) in {len(steps)} steps")
+    draw(
+        steps,
+        resume_points(run),
+        file,
+        f"{run}: loss {first:.2f} -> {last:.2f} (mean of the last 10) in {len(steps)} steps",
+    )
     print(f"{file}: {len(steps)} steps, loss {first:.3f} -> {last:.3f} (mean of the last 10)")
 
 
