@@ -511,21 +511,23 @@ def plan_text(plan: Plan) -> str:
     row("steps", [f"{s.steps:,}" for s in stages])
     row("micro-steps x ranks", [f"{s.micro_steps} x {machine.num_gpus}" for s in stages])
     row("tokens a step", [human_count(s.tokens_per_step) for s in stages])
+    # a tiny model in GiB would be a table of zeros
+    unit, size = ("GiB", GIB) if max(s.host_bytes for s in stages) >= 8 * GIB else ("MiB", 2**20)
     for place, title in (
-        ("gpu", "GPU, GiB of one card at its fullest"),
-        ("pinned", "pinned host memory, GiB of all ranks"),
-        ("pageable", "other process memory, GiB of all ranks"),
-        ("disk", "disk, GiB"),
+        ("gpu", f"GPU, {unit} of one card at its fullest"),
+        ("pinned", f"pinned host memory, {unit} of all ranks"),
+        ("pageable", f"other process memory, {unit} of all ranks"),
+        ("disk", f"disk, {unit}"),
     ):
         terms = dict.fromkeys(term for stage in stages for term in getattr(stage.memory, place))
         lines += [f"{title}:"] if terms else []
         for term in terms:
-            row(term, [f"{getattr(s.memory, place).get(term, 0) / GIB:,.2f}" for s in stages])
+            row(term, [f"{getattr(s.memory, place).get(term, 0) / size:,.2f}" for s in stages])
         if len(terms) > 1:
-            row("  sum", [f"{sum(getattr(s.memory, place).values()) / GIB:,.2f}" for s in stages])
+            row("  sum", [f"{sum(getattr(s.memory, place).values()) / size:,.2f}" for s in stages])
     if machine.gpu_limit:
         row("GPU fullest during", [s.gpu_phase for s in stages])
-    row("host memory in all, GiB", [f"{s.host_bytes / GIB:,.2f}" for s in stages])
+    row(f"host memory in all, {unit}", [f"{s.host_bytes / size:,.2f}" for s in stages])
     lines.append("arithmetic and time:")
     row("model FLOPs a step", [f"{sum(s.flops.values()):.3g}" for s in stages])
     row("  of it full attention", [f"{s.flops['attention'] / sum(s.flops.values()):.1%}" for s in stages])
