@@ -187,7 +187,7 @@ def incomplete_reason(path: Path, *, checksums: bool = False) -> str | None:
     return None
 
 
-def find_checkpoint(wanted: str, output_dir: str, *, log) -> Path | None:
+def find_checkpoint(wanted: str, output_dir: str, *, say=say) -> Path | None:
     """The folder to resume from. 'latest': the newest complete one in `output_dir`, None if there is none at all.
 
     Raises UserError for a named folder that is missing or incomplete, and when every checkpoint there is is incomplete.
@@ -208,7 +208,7 @@ def find_checkpoint(wanted: str, output_dir: str, *, log) -> Path | None:
         reason = incomplete_reason(path)
         if reason is None:
             return path
-        log.warn(f"skipping {path}: {reason}")
+        say(f"WARNING: skipping {path}: {reason}")
     if candidates:
         raise UserError(
             f"resume_from_checkpoint: no complete checkpoint in {output_dir}; {len(candidates)} are damaged"

@@ -77,7 +77,14 @@ def main() -> int:
         return 0
     if not plan.fits and not config.force:
         raise UserError(f"plan: {plan.verdict}; see 'python memory_utils.py --suggest', or start anyway with --force")
-    return train(config, deepspeed_json, dataset, schedule, shape, plan)
+
+    # --- the model's config, the data's tokenizer and the checkpoint must fit each other, before anything is written
+    import kimi_model
+
+    model_config = kimi_model.read_model_config(config)
+    check_data(dataset, config, model_config)
+    resume = find_resume(config, dataset, schedule, model_config)
+    return train(config, deepspeed_json, dataset, schedule, shape, plan, model_config, resume)
 
 
 # ---------------------------------------------------------------------------------------------- before the start
@@ -138,6 +145,57 @@ def found_gpu() -> tuple[str | None, float | None]:
         return None, None
     properties = torch.cuda.get_device_properties(int(os.environ.get("LOCAL_RANK", 0)))
     return properties.name, properties.total_memory / 2**30
+
+
+def check_data(dataset, config: TrainConfig, model_config) -> None:
+    """Refuse data that is too short, or whose ids are not this model's: by vocabulary size, and by the tokenizer's content
+    where the model's is at hand."""
+    manifest, first = dataset.manifest, config.stages[0].seq_length
+    if dataset.total_tokens < first:
+        raise UserError(
+            f"data_dir: {config.data_dir} holds {dataset.total_tokens:,} tokens, less than one sequence of the first stage "
+            f"({first:,}); tokenize more data or shorten the curriculum"
+        )
+    if manifest.vocab_size > model_config.vocab_size:
+        raise UserError(
+            f"data_dir: {config.data_dir} was written with tokenizer {manifest.tokenizer_name!r} of "
+            f"{manifest.vocab_size} ids, but the model has {model_config.vocab_size}; tokenize with the model's tokenizer"
+        )
+    if config.model_config:
+        return
+    from encoders import tokenizer_hash
+
+    try:
+        expected = tokenizer_hash(config.model_name_or_path)
+    except UserError as error:
+        say(f"WARNING: the data's tokenizer cannot be compared with the model's: {error}")
+        return
+    if expected != manifest.tokenizer_hash:
+        raise UserError(
+            f"data_dir: {config.data_dir} was written with tokenizer {manifest.tokenizer_name!r} "
+            f"(hash {manifest.tokenizer_hash[:12]}), not with that of {config.model_name_or_path} ({expected[:12]}); "
+            "tokenize with the model's tokenizer"
+        )
+
+
+def find_resume(config: TrainConfig, dataset, schedule, model_config):
+    """(folder, TrainerState) to resume from, or None; refuses a checkpoint of another model, data set or mathematics."""
+    import checkpointing
+
+    if not config.resume_from_checkpoint:
+        return None
+    path = checkpointing.find_checkpoint(config.resume_from_checkpoint, config.output_dir, say=say)
+    if path is None:
+        say(f"resume_from_checkpoint: no checkpoint in {config.output_dir} yet, starting at step 0")
+        return None
+    state = checkpointing.read_state(path)
+    checkpointing.check_resume(
+        state,
+        options=checkpointing.options_of(config, schedule.sequences_per_step),
+        manifest_hash=dataset.manifest_hash,
+        fingerprint=checkpointing.model_fingerprint(model_config),
+    )
+    return path, state
 
 
 # ---------------------------------------------------------------------------------------------- start-up
@@ -245,31 +303,6 @@ def write_header(log: RunLog, config: TrainConfig, accelerator, model_config, da
         log.line(f"config: every resolved option in {path}")
 
 
-def check_tokenizer(dataset, config: TrainConfig, model_config, log: RunLog) -> None:
-    """Refuse data whose ids are not this model's: by vocabulary size, and by the tokenizer's content where it is at hand."""
-    manifest = dataset.manifest
-    if manifest.vocab_size > model_config.vocab_size:
-        raise UserError(
-            f"data_dir: {config.data_dir} was written with tokenizer {manifest.tokenizer_name!r} of "
-            f"{manifest.vocab_size} ids, but the model has {model_config.vocab_size}; tokenize with the model's tokenizer"
-        )
-    if config.model_config:
-        return
-    from encoders import tokenizer_hash
-
-    try:
-        expected = tokenizer_hash(config.model_name_or_path)
-    except UserError as error:
-        log.warn(f"the data's tokenizer cannot be compared with the model's: {error}")
-        return
-    if expected != manifest.tokenizer_hash:
-        raise UserError(
-            f"data_dir: {config.data_dir} was written with tokenizer {manifest.tokenizer_name!r} "
-            f"(hash {manifest.tokenizer_hash[:12]}), not with that of {config.model_name_or_path} ({expected[:12]}); "
-            "tokenize with the model's tokenizer"
-        )
-
-
 def learning_rate_at(step: int, config: TrainConfig) -> float:
     """Linear warmup to the peak, then constant, linear to 0 or cosine to 0 at num_train_steps. Pure function of step."""
     if step < config.warmup_steps:
@@ -315,7 +348,7 @@ def install_engine(model, config: TrainConfig, plan, dataset, log: RunLog) -> No
 # ---------------------------------------------------------------------------------------------- training
 
 
-def train(config: TrainConfig, deepspeed_json: str, dataset, schedule, shape, plan) -> int:
+def train(config: TrainConfig, deepspeed_json: str, dataset, schedule, shape, plan, model_config, resume) -> int:
     import torch
 
     import checkpointing
@@ -326,18 +359,12 @@ def train(config: TrainConfig, deepspeed_json: str, dataset, schedule, shape, pl
     rank, device = accelerator.process_index, accelerator.device
     cap_gpu_memory(config, device)
     log = RunLog(config.output_dir, rank=rank)
-    model_config = kimi_model.read_model_config(config)
     write_header(log, config, accelerator, model_config, dataset)
-    check_tokenizer(dataset, config, model_config, log)
-    resume_path = None
-    if config.resume_from_checkpoint:
-        resume_path = checkpointing.find_checkpoint(config.resume_from_checkpoint, config.output_dir, log=log)
     fingerprint = checkpointing.model_fingerprint(model_config)
     options = checkpointing.options_of(config, schedule.sequences_per_step)
     progress = Progress()
-    if resume_path:
-        state = checkpointing.read_state(resume_path)
-        checkpointing.check_resume(state, options=options, manifest_hash=dataset.manifest_hash, fingerprint=fingerprint)
+    if resume:
+        _, state = resume
         progress = Progress(state.step, state.tokens_seen, state.skipped_in_a_row, state.skipped_total)
 
     # --- model, optimizer
@@ -352,11 +379,9 @@ def train(config: TrainConfig, deepspeed_json: str, dataset, schedule, shape, pl
     engine, _ = accelerator.prepare(model, optimizer)
     kimi_model.restore_fp32_buffers(engine.module, fp32_buffers)
     fp32 = kimi_model.Fp32Optimizer(fp32_leaves, fp32_buffers, config)
-    if resume_path:
-        checkpointing.load_checkpoint(engine, fp32, resume_path, state, log=log)
-        log.line(f"resumed from {resume_path}: step {progress.step}, {human_count(progress.tokens_seen)} tokens seen")
-    elif config.resume_from_checkpoint:
-        log.line(f"resume_from_checkpoint: no checkpoint in {config.output_dir} yet, starting at step 0")
+    if resume:
+        checkpointing.load_checkpoint(engine, fp32, *resume, log=log)
+        log.line(f"resumed from {resume[0]}: step {progress.step}, {human_count(progress.tokens_seen)} tokens seen")
     log.line(f"model and optimizer ready in {time.perf_counter() - started:.1f} s")
     log.start_wandb(
         project=config.wandb_project,
@@ -392,7 +417,7 @@ def train(config: TrainConfig, deepspeed_json: str, dataset, schedule, shape, pl
 
     meter = Meter(shape, config.trainable, schedule, device, accelerator.num_processes, end)
     profiler = meter.profiler
-    saved_at = progress.step if resume_path else None
+    saved_at = progress.step if resume else None
     exit_code = 0
     while progress.step < end and not stop.requested:
         step_plan = schedule.step(progress.step)

@@ -58,13 +58,13 @@ def test_latest_takes_the_newest_complete_one_and_says_what_it_skips(tmp_path):
         write_checkpoint(tmp_path, step)
     (tmp_path / "checkpoint-step100" / "files.json").unlink()
     log = Log()
-    found = checkpointing.find_checkpoint("latest", tmp_path, log=log)
+    found = checkpointing.find_checkpoint("latest", tmp_path, say=log.line)
     assert found.name == "checkpoint-step90" and checkpointing.read_state(found).step == 90
     assert "checkpoint-step100" in log.lines[0] and "cut off" in log.lines[0]
 
 
 def test_latest_without_any_checkpoint_starts_anew(tmp_path):
-    assert checkpointing.find_checkpoint("latest", tmp_path, log=Log()) is None
+    assert checkpointing.find_checkpoint("latest", tmp_path, say=Log().line) is None
 
 
 def test_damage_is_named(tmp_path):
@@ -81,15 +81,15 @@ def test_damage_is_named(tmp_path):
     file.unlink()
     assert "zero/rank0.pt is missing" in checkpointing.incomplete_reason(path)
     with pytest.raises(UserError, match="is incomplete: zero/rank0.pt is missing"):
-        checkpointing.find_checkpoint(str(path), tmp_path, log=Log())
+        checkpointing.find_checkpoint(str(path), tmp_path, say=Log().line)
     with pytest.raises(UserError, match="no complete checkpoint"):
-        checkpointing.find_checkpoint("latest", tmp_path, log=Log())
+        checkpointing.find_checkpoint("latest", tmp_path, say=Log().line)
 
 
 def test_missing_folder_names_what_there_is(tmp_path):
     write_checkpoint(tmp_path, 5)
     with pytest.raises(UserError, match="does not exist; in .* there are: checkpoint-step5"):
-        checkpointing.find_checkpoint(str(tmp_path / "checkpoint-step6"), tmp_path, log=Log())
+        checkpointing.find_checkpoint(str(tmp_path / "checkpoint-step6"), tmp_path, say=Log().line)
 
 
 def test_retention_keeps_the_newest_complete_ones(tmp_path):

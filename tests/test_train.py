@@ -1,5 +1,6 @@
 """The whole trainer under accelerate launch: equalities that must hold between runs, and what stops a run."""
 
+import dataclasses
 import json
 import signal
 import subprocess
@@ -10,13 +11,14 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
+from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM
 
 import checkpointing
 import data_loader
 import kimi_model
-from config import TrainConfig, load_config, parse_curriculum
-from train_continual_2m import learning_rate_at
+from config import TrainConfig, UserError, load_config, parse_curriculum
+from train_continual_2m import check_data, learning_rate_at
 
 CURRICULUM = "0:64,3:96,6:128"  # stage switches before steps 3 and 6
 STEPS = 8
@@ -56,6 +58,36 @@ def uninterrupted(folder):
         *("--wandb_project", "test", "--wandb_mode", "offline"),
     )
     return output, launched.losses(folder / "whole")
+
+
+def refused(options, folder, output):
+    """What a refused start says on stderr; nothing may have been written."""
+    done = launched.launch("train_continual_2m.py", *options, ranks=1)
+    assert "exitcode  : 2" in done.stderr, done.stderr[-3000:]
+    assert not (folder / output).exists(), "a refused start must write nothing"
+    return "\n".join(line for line in done.stderr.splitlines() if line.startswith("error: "))
+
+
+def test_a_refused_start_says_why_and_writes_nothing(options, folder, tmp_path):
+    tiny.write_tokens(tmp_path / "few", documents=3)
+    text = refused(options("no1", "--data_dir", str(tmp_path / "few"), curriculum="0:100000"), folder, "no1")
+    assert "less than one sequence of the first stage (100,000); tokenize more data" in text
+    text = refused(options("no2", "--data_dir", str(tmp_path / "none")), folder, "no2")
+    assert "none does not exist; make it with: python tokenize_dataset.py" in text
+
+
+def test_data_of_another_tokenizer_is_refused(folder, tmp_path):
+    config = load_config(["--data_dir", str(tmp_path / "wide"), "--model_config", str(folder / "model.json")])
+    config = dataclasses.replace(config, curriculum=CURRICULUM)
+    model_config = kimi_model.read_model_config(config)
+    tiny.write_tokens(tmp_path / "wide", vocabulary=200)
+    with pytest.raises(UserError, match="tokenizer 'random' of 200 ids, but the model has 97"):
+        check_data(data_loader.open_dataset(str(tmp_path / "wide")), config, model_config)
+    # a model folder with a tokenizer of its own: compared by content
+    Tokenizer(models.WordLevel({"[EOS]": 0}, unk_token="[EOS]")).save(str(tmp_path / "tokenizer.json"))
+    config = dataclasses.replace(config, model_config=None, model_name_or_path=str(tmp_path))
+    with pytest.raises(UserError, match="written with tokenizer 'random' .*not with that of"):
+        check_data(data_loader.open_dataset(str(folder / "tokens")), config, model_config)
 
 
 def test_run_goes_through_every_stage_and_learns(uninterrupted, folder):
