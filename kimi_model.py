@@ -484,7 +484,7 @@ def install_long_sequence(
         gpu_budget_gib=gpu_budget_gib,
     )
     engine = LongSequenceEngine(parts, kernels, options, device)
-    if model.is_gradient_checkpointing:
+    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         model.gradient_checkpointing_disable()  # the engine recomputes by itself; both would run every layer twice
     _gather_layers_whole(type(model.model.layers[0]), model)
     _bind_forwards(model, engine)
