@@ -296,6 +296,8 @@ def check(config: TrainConfig) -> list[str]:
     for name in ("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "save_total_limit", "adam_epsilon"):
         if getattr(config, name) < 0:
             problems.append(f"{name}: {getattr(config, name)} must not be negative")
+    if config.document_mask and config.engine == "reference":
+        problems.append("document_mask: needs --engine tiled; the reference forward has no document borders")
     for name in ("adam_beta1", "adam_beta2"):
         if not 0 <= getattr(config, name) < 1:
             problems.append(f"{name}: {getattr(config, name)} must be in [0, 1)")

@@ -380,15 +380,17 @@ def set_trainable(model, trainable: str) -> None:
 
 
 def gather_whole_layers(model) -> None:
-    """Tell ZeRO-3 to gather a decoder layer's parameters as one, before its forward and before its backward.
+    """Under ZeRO-3: gather a decoder layer's parameters as one, before its forward and before its backward.
 
     Gathered module by module, ranks can issue collectives in different orders (experts are hit data-dependently,
-    recomputation stops early) and wait for each other forever.
+    recomputation stops early) and wait for each other forever (seen on two ranks with the plain forward).
     """
-    from deepspeed.utils import set_z3_leaf_modules
-    from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearDecoderLayer
+    from transformers.integrations import is_deepspeed_zero3_enabled
 
-    set_z3_leaf_modules(model, [KimiLinearDecoderLayer])
+    if is_deepspeed_zero3_enabled():
+        from deepspeed.utils import set_z3_leaf_modules
+
+        set_z3_leaf_modules(model, [type(model.model.layers[0])])
 
 
 def parameter_groups(model, weight_decay: float) -> list[dict]:
@@ -486,7 +488,7 @@ def install_long_sequence(
     engine = LongSequenceEngine(parts, kernels, options, device)
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         model.gradient_checkpointing_disable()  # the engine recomputes by itself; both would run every layer twice
-    _gather_layers_whole(type(model.model.layers[0]), model)
+    gather_whole_layers(model)
     _bind_forwards(model, engine)
     borders = (
         "documents attend across their borders"
@@ -643,16 +645,6 @@ def _layer_sources(layer, index: int, mixer: str, mlp: str) -> dict:
             f"engine: layer {index} has parameters that the tiled engine does not know: {', '.join(forgotten)}"
         )
     return sources
-
-
-def _gather_layers_whole(layer_class: type, model) -> None:
-    """Under ZeRO-3: fetch a decoder layer's parameters together, before its forward and before its backward."""
-    from transformers.integrations import is_deepspeed_zero3_enabled
-
-    if is_deepspeed_zero3_enabled():
-        from deepspeed.utils import set_z3_leaf_modules
-
-        set_z3_leaf_modules(model, [layer_class])
 
 
 def _bind_forwards(model, engine) -> None:

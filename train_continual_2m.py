@@ -318,14 +318,14 @@ def learning_rate_at(step: int, config: TrainConfig) -> float:
 
 def install_engine(model, config: TrainConfig, plan, dataset, log: RunLog) -> None:
     """The tiled engine by default; the plain transformers forward when asked for."""
+    from kimi_model import gather_whole_layers, install_long_sequence
+
     if config.engine == "reference":
         log.line("engine: reference (transformers' own forward; memory grows with tokens x vocabulary)")
-        if config.document_mask:
-            raise UserError("document_mask: needs --engine tiled; the reference forward has no document borders")
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        gather_whole_layers(model)
         return
-    from kimi_model import install_long_sequence
 
     chosen = plan.engine
     report = install_long_sequence(
@@ -374,7 +374,6 @@ def train(config: TrainConfig, deepspeed_json: str, dataset, schedule, shape, pl
     fp32_leaves, fp32_buffers = kimi_model.take_fp32(model, checkpoint=source, device=device)
     kimi_model.set_trainable(model, config.trainable)
     install_engine(model, config, plan, dataset, log)
-    kimi_model.gather_whole_layers(model)
     optimizer = make_optimizer(model, config, deepspeed_json, log)
     engine, _ = accelerator.prepare(model, optimizer)
     kimi_model.restore_fp32_buffers(engine.module, fp32_buffers)

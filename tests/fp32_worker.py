@@ -25,7 +25,6 @@ leaves, buffers = kimi_model.take_fp32(model, checkpoint=checkpoint, device=devi
 report = kimi_model.install_long_sequence(
     model, segment_tokens=16, heads_per_group=1, token_tile=16, offload="auto", attention_outputs="keep"
 )
-kimi_model.gather_whole_layers(model)
 optimizer = trainer.make_optimizer(model, config, config.deepspeed, RunLog(output / "run", rank=rank))
 engine, _ = accelerator.prepare(model, optimizer)
 kimi_model.restore_fp32_buffers(engine.module, buffers)

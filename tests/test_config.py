@@ -38,6 +38,7 @@ def test_default_curriculum():
         (["--curriculum", "0-1024"], "'0-1024' is not STEP:TOKENS"),
         (["--engine", "fast"], "engine: 'fast' is not one of tiled, reference"),
         (["--config", "/nowhere.yaml"], "/nowhere.yaml: cannot be read"),
+        (["--document_mask", "--engine", "reference"], "document_mask: needs --engine tiled"),
         (["stray"], "'stray' belongs to no option"),
     ],
 )
