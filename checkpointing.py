@@ -76,11 +76,31 @@ def checkpoint_name(step: int) -> str:
 # ---------------------------------------------------------------------------------------------- writing
 
 
-def save_checkpoint(engine, fp32, state: TrainerState, *, config: TrainConfig, model_config, log) -> Path:
+def expected_bytes(trained: int, frozen: int) -> int:
+    """About what a checkpoint takes: fp32 master weights and two moments of the trained parameters, frozen ones in bf16."""
+    return 12 * trained + 2 * frozen
+
+
+def space_problem(output_dir: str, needed: int) -> str | None:
+    """A sentence if the disk of `output_dir` (which may not exist yet) has not `needed` bytes free, else None."""
+    folder = Path(output_dir).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free >= needed:
+        return None
+    return (
+        f"output_dir: a checkpoint takes about {needed / 2**30:.1f} GiB but {folder} has {free / 2**30:.1f} GiB free; "
+        "give another --output_dir or a lower --save_total_limit"
+    )
+
+
+def save_checkpoint(engine, fp32, state: TrainerState, *, config: TrainConfig, model_config, needed: int, log) -> Path:
     """Write OUTPUT_DIR/checkpoint-stepN; every rank calls it and returns when the checkpoint is complete.
 
-    `engine`: DeepSpeed engine (ZeRO-3); `fp32`: kimi_model.Fp32Optimizer. All ranks must see one file system.
-    Raises OSError if the disk is full; the temporary folder is then left for inspection and the last checkpoint stays.
+    `engine`: DeepSpeed engine (ZeRO-3); `fp32`: kimi_model.Fp32Optimizer; `needed`: see `expected_bytes`. All ranks must
+    see one file system. Raises OSError on every rank, before a byte is written, if the disk is too full; if it fills up
+    all the same, the temporary folder goes at the next save. Either way every complete checkpoint stays.
     """
     import torch.distributed as dist
     from safetensors.torch import save_file
@@ -89,10 +109,16 @@ def save_checkpoint(engine, fp32, state: TrainerState, *, config: TrainConfig, m
     rank, world_size = dist.get_rank(), dist.get_world_size()
     final = Path(config.output_dir) / checkpoint_name(state.step)
     working = final.with_name(TEMPORARY + final.name)
+    problem = [None]
     if rank == 0:
-        shutil.rmtree(working, ignore_errors=True)
-        working.mkdir(parents=True)
-    dist.barrier()
+        for stale in final.parent.glob(f"{TEMPORARY}*"):  # of a save that was cut off
+            shutil.rmtree(stale)
+        problem = [space_problem(config.output_dir, needed)]
+        if not problem[0]:
+            working.mkdir(parents=True)
+    dist.broadcast_object_list(problem, src=0)  # ranks fail together
+    if problem[0]:
+        raise OSError(f"step {state.step} is not saved: {problem[0]}")
     engine.save_checkpoint(str(working), tag="zero", save_latest=False)
     if rank == 0:
         save_file(fp32.state(), str(working / "fp32.safetensors"))
@@ -109,9 +135,11 @@ def save_checkpoint(engine, fp32, state: TrainerState, *, config: TrainConfig, m
         _write_synced(working / "files.json", json.dumps(merged, indent=1))
         for folder in {working, *(path.parent for path in map(working.joinpath, files))}:
             _fsync_folder(folder)
-        if final.exists():
-            shutil.rmtree(final)
+        replaced = final.with_name(f"{TEMPORARY}replaced-{final.name}")
+        if final.exists():  # moved aside, since deleting takes long and a kill inside it would leave neither
+            os.rename(final, replaced)
         os.rename(working, final)
+        shutil.rmtree(replaced, ignore_errors=True)
         _write_synced(final.parent / ".latest.writing", final.name + "\n")
         os.rename(final.parent / ".latest.writing", final.parent / "latest")
         _fsync_folder(final.parent)

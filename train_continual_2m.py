@@ -83,6 +83,7 @@ def main() -> int:
 
     model_config = kimi_model.read_model_config(config)
     check_data(dataset, config, model_config)
+    check_disk(config, shape)
     resume = find_resume(config, dataset, schedule, model_config)
     return train(config, deepspeed_json, dataset, schedule, shape, plan, model_config, resume)
 
@@ -176,6 +177,17 @@ def check_data(dataset, config: TrainConfig, model_config) -> None:
             f"(hash {manifest.tokenizer_hash[:12]}), not with that of {config.model_name_or_path} ({expected[:12]}); "
             "tokenize with the model's tokenizer"
         )
+
+
+def check_disk(config: TrainConfig, shape) -> None:
+    """One checkpoint must fit the disk before the run starts; later each save checks again."""
+    import checkpointing
+
+    trained = shape.trained_parameters(config.trainable)
+    needed = checkpointing.expected_bytes(trained, shape.total_parameters - trained)
+    problem = checkpointing.space_problem(config.output_dir, needed)
+    if problem and not config.force:
+        raise UserError(f"{problem}, or start anyway with --force")
 
 
 def find_resume(config: TrainConfig, dataset, schedule, model_config):
@@ -396,6 +408,9 @@ def train(config: TrainConfig, deepspeed_json: str, dataset, schedule, shape, pl
     stop = StopSignal(device)
     end = min(config.num_train_steps, config.stop_after_steps or config.num_train_steps)
 
+    trained = shape.trained_parameters(config.trainable)
+    needed = checkpointing.expected_bytes(trained, shape.total_parameters - trained)
+
     def save():
         state = checkpointing.TrainerState(
             step=progress.step,
@@ -412,7 +427,9 @@ def train(config: TrainConfig, deepspeed_json: str, dataset, schedule, shape, pl
             versions=versions(PACKAGES),
         )
         with profiler.phase("save"):
-            checkpointing.save_checkpoint(engine, fp32, state, config=config, model_config=model_config, log=log)
+            checkpointing.save_checkpoint(
+                engine, fp32, state, config=config, model_config=model_config, needed=needed, log=log
+            )
 
     meter = Meter(shape, config.trainable, schedule, device, accelerator.num_processes, end)
     profiler = meter.profiler

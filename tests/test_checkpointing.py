@@ -126,3 +126,11 @@ def test_state_that_is_not_ours_is_a_sentence(tmp_path):
         (path / "trainer_state.json").write_text(text)
         with pytest.raises(UserError, match="trainer_state.json cannot be read"):
             checkpointing.read_state(path)
+
+
+def test_a_disk_too_full_is_a_sentence(tmp_path):
+    assert checkpointing.expected_bytes(10, 5) == 12 * 10 + 2 * 5
+    missing = tmp_path / "not" / "there"
+    assert checkpointing.space_problem(str(missing), 1) is None
+    text = checkpointing.space_problem(str(missing), 2**60)
+    assert f"takes about {2**30:.1f} GiB but {tmp_path} has" in text and not missing.exists()
