@@ -79,7 +79,11 @@ def option(default, help, *, choices=None):
 @dataclass(frozen=True)
 class TrainConfig:
     # --- what is trained, on what, to where
-    data_dir: str = option("./data/tokenized_2m", "folder of token shards written by tokenize_dataset.py")
+    data_dir: str = option(
+        "./data/tokenized_2m",
+        "folder of token shards written by tokenize_dataset.py; several with weights: "
+        "--data_dir a@0.6 --data_dir b@0.4 (or a@0.6,b@0.4)",
+    )
     output_dir: str = option("./checkpoints/kimi-2m", "where checkpoints, metrics.jsonl and the log go")
     model_name_or_path: str = option(HUB_MODEL, "Hub name or local folder of the checkpoint to continue from")
     model_config: str | None = option(None, "JSON of a Kimi-Linear config: start from random weights instead")
@@ -169,6 +173,8 @@ def _plain_type(name: str) -> tuple[type, bool]:
 def _coerce(name: str, value, source: str, problems: list[str]):
     """`value` as the field's type. YAML reads 1e-5 as a string, so numbers in strings are accepted; bools are not."""
     kind, optional = _plain_type(name)
+    if name == "data_dir" and isinstance(value, list) and all(isinstance(part, str) for part in value):
+        value = ",".join(value)
     if value is None and optional:
         return None
     try:
@@ -202,7 +208,9 @@ def build_parser() -> argparse.ArgumentParser:
         spec: dict = {"default": argparse.SUPPRESS, "dest": name}
         # '%' is argparse's own formatting character
         spec["help"] = f"{f.metadata['help']} (default: {f.default})".replace("%", "%%")
-        if kind is bool:
+        if name == "data_dir":  # may be given several times: FOLDER@WEIGHT each
+            parser.add_argument(f"--{name}", metavar="STR", action="append", **spec)
+        elif kind is bool:
             parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, **spec)
         else:
             parser.add_argument(f"--{name}", metavar=kind.__name__.upper(), **spec)

@@ -16,6 +16,12 @@ def test_command_line_wins_over_yaml_wins_over_defaults(tmp_path):
     assert config.weight_decay == TrainConfig().weight_decay
 
 
+def test_several_data_folders_with_weights(tmp_path):
+    (tmp_path / "c.yaml").write_text("data_dir: [a@0.6, b@0.4]\n")
+    assert load_config(["--config", str(tmp_path / "c.yaml")]).data_dir == "a@0.6,b@0.4"
+    assert load_config(["--data_dir", "c@1", "--data_dir", "d@3"]).data_dir == "c@1,d@3"
+
+
 def test_every_option_round_trips_through_yaml(tmp_path):
     file = tmp_path / "all.yaml"
     file.write_text(yaml.safe_dump(dataclasses.asdict(TrainConfig())))
