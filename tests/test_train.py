@@ -34,9 +34,9 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def options(folder):
-    def build(output: str, *extra: str, curriculum: str = CURRICULUM, accumulation: int = 2):
+    def build(output: str, *extra: str, curriculum: str = CURRICULUM, accumulation: int = 2, data=None):
         return (
-            *("--data_dir", str(folder / "tokens"), "--output_dir", str(folder / output)),
+            *("--data_dir", str(data or folder / "tokens"), "--output_dir", str(folder / output)),
             *("--model_config", str(folder / "model.json"), "--deepspeed", launched.DEEPSPEED),
             *("--curriculum", curriculum, "--num_train_steps", str(STEPS), "--learning_rate", "1e-3"),
             *("--warmup_steps", "2", "--gradient_accumulation_steps", str(accumulation), "--save_steps", "100"),
@@ -70,9 +70,9 @@ def refused(options, folder, output):
 
 def test_a_refused_start_says_why_and_writes_nothing(options, folder, tmp_path):
     tiny.write_tokens(tmp_path / "few", documents=3)
-    text = refused(options("no1", "--data_dir", str(tmp_path / "few"), curriculum="0:100000"), folder, "no1")
+    text = refused(options("no1", data=tmp_path / "few", curriculum="0:100000"), folder, "no1")
     assert "less than one sequence of the first stage (100,000); tokenize more data" in text
-    text = refused(options("no2", "--data_dir", str(tmp_path / "none")), folder, "no2")
+    text = refused(options("no2", data=tmp_path / "none"), folder, "no2")
     assert "none does not exist; make it with: python tokenize_dataset.py" in text
 
 
