@@ -566,17 +566,30 @@ def _time_lines(plan: Plan, row) -> list[str]:
 
 
 def compare_text(plan: Plan, seq_length: int, peaks: dict[str, PhasePeak]) -> str:
-    """One line: predicted beside measured for this rank, over all phases a profiler saw at this length."""
+    """Predicted beside measured for this rank at this length, over all phases a profiler saw; then each phase's peaks.
+
+    The GPU is compared only where one was used: a memory limit may be planned for on a machine without a card.
+    """
     stage = next(stage for stage in plan.stages if stage.seq_length == seq_length)
     # the context lies outside the allocator, whose reserve is what the profiler reads
     gpu = (stage.gpu_bytes - GPU_CONTEXT, max((p.gpu_reserved for p in peaks.values()), default=0))
     host = (stage.host_bytes / plan.machine.local_gpus, max((p.process for p in peaks.values()), default=0))
-    pairs = [("GPU", *gpu)] if plan.machine.gpu_limit else []
+    pairs = [("GPU", *gpu)] if plan.machine.gpu_limit and gpu[1] else []
     parts = [
         f"{what} predicted {predicted / GIB:.2f}, measured {measured / GIB:.2f} GiB ({measured / predicted - 1:+.1%})"
         for what, predicted, measured in (*pairs, ("process", *host))
     ]
-    return f"memory of this rank at {seq_length:,} tokens: {'; '.join(parts)}"
+    phases = [
+        f"{name} "
+        + (f"{p.gpu_allocated / GIB:.2f} / {p.gpu_reserved / GIB:.2f} / " if pairs else "")
+        + f"{p.process / GIB:.2f}"
+        for name, p in peaks.items()
+    ]
+    what = "GPU allocated / reserved / process" if pairs else "process"
+    return (
+        f"memory of this rank at {seq_length:,} tokens: {'; '.join(parts)}\n"
+        f"  peaks per phase, GiB ({what}): {'; '.join(phases)}"
+    )
 
 
 # ---------------------------------------------------------------------------------------------- what to change

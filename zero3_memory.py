@@ -149,9 +149,12 @@ def sub_groups(partitions: list[int], limit: int) -> list[int]:
 
 # ---------------------------------------------------------------------------------------------- pinned memory
 
-# For PYTORCH_ALLOC_CONF. Without the pinned_* settings every pinned block is rounded up to a power of two and freed ones
-# are kept: near 350 GiB lost when all parameters are trained. torch >= 2.13.
-ALLOCATOR_SETTINGS = "expandable_segments:True,pinned_max_round_threshold_mb:64,pinned_max_cached_size_mb:64"
+# For PYTORCH_ALLOC_CONF. Without expandable segments every block keeps the size it was first taken with: when the sequences
+# of the next stage want other sizes the old blocks are of no use to them, and 5 GiB of a 2M step's reserve were such blocks.
+# Without the pinned_* settings (torch >= 2.13) every pinned block is rounded up to a power of two and freed ones are
+# kept: near 350 GiB lost when all parameters are trained.
+EXPANDABLE = "expandable_segments:True"
+ALLOCATOR_SETTINGS = f"{EXPANDABLE},pinned_max_round_threshold_mb:64,pinned_max_cached_size_mb:64"
 
 
 def set_allocator(environ=os.environ) -> None:
@@ -159,9 +162,9 @@ def set_allocator(environ=os.environ) -> None:
     if "PYTORCH_ALLOC_CONF" in environ or "PYTORCH_CUDA_ALLOC_CONF" in environ:
         return
     with contextlib.suppress(metadata.PackageNotFoundError):
-        if tuple(int(n) for n in re.findall(r"\d+", metadata.version("torch"))[:2]) < (2, 13):
-            return  # an older torch refuses a setting it does not know
-    environ["PYTORCH_ALLOC_CONF"] = ALLOCATOR_SETTINGS
+        version = tuple(int(n) for n in re.findall(r"\d+", metadata.version("torch"))[:2])
+        # an older torch refuses a setting it does not know
+        environ["PYTORCH_ALLOC_CONF"] = ALLOCATOR_SETTINGS if version >= (2, 13) else EXPANDABLE
 
 
 def pinned_round_limit(environ) -> int | None:

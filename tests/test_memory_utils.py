@@ -724,17 +724,37 @@ def test_profiler_refuses_nesting_and_survives_an_exception():
     assert set(profiler.peaks) == {"outer", "next"}
 
 
-def test_predicted_beside_measured_in_one_line():
+def test_predicted_beside_measured():
     _, _, plan = planned("config_h100_2x.yaml")
     stage = plan.stages[0]
     reserved, process = int(1.1 * (stage.gpu_bytes - memory_utils.GPU_CONTEXT)), stage.host_bytes // 4
-    peaks = {"forward": PhasePeak(), "backward": PhasePeak(gpu_reserved=reserved, process=process)}
-    text = memory_utils.compare_text(plan, 1048576, peaks)
+    backward = PhasePeak(gpu_allocated=GIB, gpu_reserved=reserved, process=process)
+    text = memory_utils.compare_text(plan, 1048576, {"forward": PhasePeak(process=GIB), "backward": backward})
+    first, second = text.splitlines()
     assert re.fullmatch(
         r"memory of this rank at 1,048,576 tokens: GPU predicted [\d.]+, measured [\d.]+ GiB \(\+10\.0%\); "
         r"process predicted [\d.]+, measured [\d.]+ GiB \(-50\.0%\)",
-        text,
+        first,
     )
+    assert second == (
+        "  peaks per phase, GiB (GPU allocated / reserved / process): forward 0.00 / 0.00 / 1.00; "
+        f"backward 1.00 / {reserved / GIB:.2f} / {process / GIB:.2f}"
+    )
+
+
+def test_no_gpu_is_compared_where_none_was_used():
+    """A limit may be planned for (--gpu_memory_gib) on a machine without a card."""
+    _, _, plan = planned("config_h100_2x.yaml")
+    text = memory_utils.compare_text(plan, 1048576, {"backward": PhasePeak(process=GIB)})
+    assert "GPU" not in text and text.endswith("peaks per phase, GiB (process): backward 1.00")
+
+
+def test_older_torch_gets_expandable_segments_only(monkeypatch):
+    for version, settings in (("2.11.0+cu130", zero3_memory.EXPANDABLE), ("2.13.0", zero3_memory.ALLOCATOR_SETTINGS)):
+        monkeypatch.setattr(zero3_memory.metadata, "version", lambda name, version=version: version)
+        environ: dict = {}
+        zero3_memory.set_allocator(environ)
+        assert environ == {"PYTORCH_ALLOC_CONF": settings}
 
 
 @pytest.mark.gpu
