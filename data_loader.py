@@ -41,6 +41,7 @@ from pathlib import Path
 import numpy as np
 
 from config import Stage, UserError
+from durable_files import fsync_folder, write_file_durably
 from run_log import human_count
 
 FORMAT_VERSION = 1
@@ -54,30 +55,6 @@ INT32_CODE = 4  # Megatron's code for int32
 INDEX_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, length of document_indices
 
 # ---------------------------------------------------------------------------- shard files
-
-
-def fsync_folder(folder: Path) -> None:
-    """Make renames inside `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_file_durably(path: Path, content: bytes) -> None:
-    """Write under a temporary name, fsync, rename, fsync the folder: `path` is whole or not there. Raises OSError."""
-    temporary = path.with_name(f"{path.name}.{os.uname().nodename}-{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    fsync_folder(path.parent)
 
 
 def index_bytes(lengths: np.ndarray) -> bytes:
