@@ -46,6 +46,21 @@ def keep_kernel_cache(environ=os.environ) -> Path:
     return Path(environ.setdefault("TRITON_CACHE_DIR", str(home / "kimi_linear_2m" / "triton")))
 
 
+def use_kept_tuning(capability: tuple[int, int], environ=os.environ) -> str:
+    """Let fla take its tuning from tuned_kernels/ if this kind of GPU is there; returns what happens, for the log.
+
+    Call it before fla is imported. `capability`: the GPU's compute capability; an H200 takes what was tuned on an H100. With
+    'full', fla looks for the same shapes, then for others, then takes a default, and tunes only kernels that have no file.
+    """
+    folder = Path(__file__).resolve().parent / "tuned_kernels" / f"sm_{capability[0]}{capability[1]}"
+    if "FLA_CACHE_MODE" in environ:
+        return f"fla's tuning: as FLA_CACHE_MODE={environ['FLA_CACHE_MODE']} says"
+    if not folder.is_dir():
+        return "fla tunes its kernels for this GPU in the first step (minutes, then kept)"
+    environ["FLA_CACHE_MODE"], environ["FLA_CONFIG_DIR"] = "full", str(folder)
+    return f"fla's tuning is taken from {folder.parent.name}/{folder.name}"
+
+
 # ---------------------------------------------------------------------------------------------- documents
 
 

@@ -131,10 +131,15 @@ def load_model(config: TrainConfig, model_config, *, device: torch.device):
     return model
 
 
+@functools.cache  # the trainer loads a model and installs the engine: checked and said once
 def check_kernels(device: torch.device) -> None:
     """On a GPU fla's KDA kernel must be the one that runs; transformers alone would fall back to slow torch code."""
     if device.type != "cuda":
         return
+    from kernels import keep_kernel_cache, use_kept_tuning
+
+    folder = keep_kernel_cache()
+    say(f"kernels: compiled ones are kept in {folder}; {use_kept_tuning(torch.cuda.get_device_capability(device))}")
     try:
         from importlib.metadata import version
 
@@ -459,16 +464,13 @@ def install_long_sequence(
     Raises UserError where the model has something the engine does not do, or a kernel would be silently slow.
     """
     from engine_plan import EngineOptions
-    from kernels import choose_kernels, keep_kernel_cache
+    from kernels import choose_kernels
     from long_sequence import LongSequenceEngine
 
     _check_engine_can_run(model.config)
     parts = _model_parts(model)
     device = _engine_device(model)
-    if device.type == "cuda":
-        say(
-            f"engine: compiled kernels are kept in {keep_kernel_cache()}; the first run tunes them, which takes minutes"
-        )
+    check_kernels(device)
     kernels = choose_kernels(
         device,
         model.dtype,

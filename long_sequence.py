@@ -234,8 +234,8 @@ class LongSequenceEngine:
         """input_ids [B, T'] -> a step over the packed stream of B * T' tokens."""
         documents = self._documents(input_ids)
         keep = torch.is_grad_enabled()
-        plan, is_new = self._plan(documents.tokens, dtype, keep)
-        self.clock.start(announce=is_new and keep)
+        plan = self._plan(documents.tokens, dtype, keep)
+        self.clock.start(documents.tokens)
         return Step(
             documents=documents,
             plan=plan,
@@ -246,10 +246,9 @@ class LongSequenceEngine:
             dtype=dtype,
         )
 
-    def _plan(self, tokens: int, dtype: torch.dtype, keep: bool) -> tuple[Plan, bool]:
+    def _plan(self, tokens: int, dtype: torch.dtype, keep: bool) -> Plan:
         key = (tokens, keep)
-        is_new = key not in self._plans
-        if is_new:
+        if key not in self._plans:
             if self.transfer.cuda and tokens > max((known for known, _ in self._plans), default=tokens):
                 self.transfer.drain()
                 self.transfer.pool.release_free()  # buffers of shorter sequences fit nothing any more
@@ -262,7 +261,7 @@ class LongSequenceEngine:
                 training=keep,
             )
             say(f"engine: {self._plans[key].text}")
-        return self._plans[key], is_new
+        return self._plans[key]
 
     def reserve(self, tokens: int, dtype: torch.dtype) -> float:
         """Pin the host memory of a training step over this many tokens now; returns GiB pinned.
@@ -272,7 +271,7 @@ class LongSequenceEngine:
         """
         if not self.transfer.cuda:
             return 0.0
-        plan, _ = self._plan(tokens, dtype, True)
+        plan = self._plan(tokens, dtype, True)
         pool = self.transfer.pool
         needed = sorted(host_stashes(self.parts.shape, tokens, plan, element_bytes=dtype.itemsize), reverse=True)
         for buffer in [pool.take(nbytes) for nbytes in needed]:

@@ -2,6 +2,7 @@
 
     python benchmarks/bench_kernels.py --out OUT.jsonl            # all; one JSON line per measurement, as it is made
     python benchmarks/bench_kernels.py --compile 12               # only compile fla's tuning candidates, in 12 processes
+    python benchmarks/bench_kernels.py --save_tuning tuned_kernels/sm_90    # what fla's tuning chose here, for other machines
 
 Times are medians of CUDA-event timings after warm-up, on random data. FLOPs are counted from shapes (causal attention: half
 the square).
@@ -52,6 +53,43 @@ def compile_worker(number: int) -> None:
         tuner.__dict__["do_bench"] = lambda call, quantiles: (call(), [1.0, 1.0, 1.0])[1]
     run(several=True)
     torch.cuda.synchronize()
+
+
+def save_tuning(folder: Path) -> None:
+    """Write the fastest candidate of every tuned fla kernel in TRITON_CACHE_DIR as fla's own config files.
+
+    fla reads them through FLA_CONFIG_DIR (fla/ops/utils/cache.py): an equal key first, then one that differs in numbers only,
+    then `default_config`, here that of the real model's 32 heads.
+    """
+    import hashlib
+
+    kernels: dict[str, dict] = {}
+    for path in sorted(Path(os.environ["TRITON_CACHE_DIR"]).rglob("*.autotune.json")):
+        found = json.loads(path.read_text())
+        best = min(found["configs_timings"], key=lambda pair: pair[1][0])[0]
+        config = {
+            name: best[name] for name in ("kwargs", "num_warps", "num_stages", "num_ctas", "maxnreg", "ir_override")
+        }
+        kernel = kernels.setdefault(
+            path.name.removesuffix(".autotune.json"), {"default_config": None, "autotune_entries": {}}
+        )
+        key = json.dumps(found["key"], separators=(",", ":"), sort_keys=True)
+        kernel["autotune_entries"][hashlib.md5(key.encode()).hexdigest()] = {
+            "autotune_key": found["key"],
+            "config": config,
+        }
+        if kernel["default_config"] is None or HEADS in found["key"]:
+            kernel["default_config"] = config
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, values in kernels.items():
+        # fla takes the first entry that differs in numbers only: the largest shapes come first
+        entries = sorted(
+            values["autotune_entries"].items(),
+            key=lambda item: [-n for n in item[1]["autotune_key"] if not isinstance(n, str)],
+        )
+        values["autotune_entries"] = dict(entries)
+        (folder / f"{name}.json").write_text(json.dumps({"kernel_name": name, **values}, indent=1) + "\n")
+    print(f"{folder}: {len(kernels)} kernels")
 
 
 def kda_runner(tokens: int):
@@ -351,9 +389,14 @@ if __name__ == "__main__":
     parser.add_argument("--only", default="", help="sections, separated by commas")
     parser.add_argument("--compile", type=int, default=0, help="processes; compile only")
     parser.add_argument("--compile_worker", type=int, default=None)
+    parser.add_argument(
+        "--save_tuning", type=Path, help="write fla's tuning results in TRITON_CACHE_DIR to this folder"
+    )
     arguments = parser.parse_args()
     if arguments.compile_worker is not None:
         compile_worker(arguments.compile_worker)
+    elif arguments.save_tuning:
+        save_tuning(arguments.save_tuning)
     elif arguments.compile:
         compile_candidates(arguments.compile)
     else:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -220,3 +223,22 @@ def test_kernel_cache_is_kept_and_the_users_own_is_left_alone():
     environ = {"TRITON_CACHE_DIR": "/mine", "TRITON_CACHE_AUTOTUNING": "0"}
     assert str(kernels.keep_kernel_cache(environ)) == "/mine"
     assert environ["TRITON_CACHE_AUTOTUNING"] == "0"
+
+
+def test_tuning_is_taken_from_the_repository_where_the_gpu_is_known():
+    environ = {}
+    assert "taken from tuned_kernels/sm_90" in kernels.use_kept_tuning((9, 0), environ)
+    assert environ["FLA_CACHE_MODE"] == "full"
+    files = sorted(Path(environ["FLA_CONFIG_DIR"]).glob("*.json"))
+    assert "chunk_kda_bwd_kernel_intra" in {file.stem for file in files}
+    for file in files:  # fla's format: kernel name, entries by the md5 of their key, and a default
+        values = json.loads(file.read_text())
+        assert values["kernel_name"] == file.stem
+        for name, entry in values["autotune_entries"].items():
+            key = json.dumps(entry["autotune_key"], separators=(",", ":"), sort_keys=True)
+            assert hashlib.md5(key.encode()).hexdigest() == name
+        assert {"kwargs", "num_warps", "num_stages", "num_ctas"} <= set(values["default_config"])
+    unknown = {}
+    assert "tunes its kernels for this GPU" in kernels.use_kept_tuning((8, 9), unknown)
+    assert unknown == {}
+    assert "FLA_CACHE_MODE=strict" in kernels.use_kept_tuning((9, 0), {"FLA_CACHE_MODE": "strict"})
