@@ -13,7 +13,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
 ]
 
-from kimi_model import install_long_sequence  # noqa: E402
+from kimi_model import check_kernels, install_long_sequence  # noqa: E402
 
 TOKENS, VOCABULARY, EOS = 8192, 32_768, 5
 NOTHING_FIXED = {"segment_tokens": None, "heads_per_group": None, "token_tile": None}
@@ -56,6 +56,11 @@ def total_error(grads, reference) -> float:
     return (
         sum((grads[n] - g).norm() ** 2 for n, g in reference.items()) / sum(g.norm() ** 2 for g in reference.values())
     ).sqrt().item()  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kept_tuning():
+    check_kernels(torch.device("cuda"))  # before fla is imported: the plain path too takes its tuning from the repository
 
 
 @pytest.fixture(scope="module")
