@@ -3,7 +3,7 @@
     python benchmarks/bench_engine.py prepare WORK --lengths 65536,262144,2097152     # model, tokens, DeepSpeed and launch files
     python benchmarks/bench_engine.py run WORK --out OUT.json --gpu_memory_gib 72     # further options go to the trainer
 
-The lengths become the stages of one run, shortest first: two steps each up to 512K tokens (compiling falls into the first),
+The lengths become the stages of one run, shortest first: two steps each up to 256K tokens (compiling falls into the first),
 one beyond. OUT.json is rewritten every few seconds with all that the run has said so far, so a run that dies or is cut off
 leaves its numbers; it ends with the last step, before the checkpoint. With --engine reference the same files run the plain
 path, and `out_of_memory_at` names the length at which it died.
@@ -35,7 +35,7 @@ MODEL = {
     "layer_types": ["linear_attention"] * 3 + ["full_attention"],
     "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
 }
-TWO_STEPS_UP_TO = 524_288
+TWO_STEPS_UP_TO = 262_144
 ENGINE_LINE = re.compile(
     r"engine: forward and backward (?P<seconds>[\d.]+) s; kernels' own seconds: (?P<kernels>.*?); sum (?P<sum>[\d.]+), "
     r"ratio (?P<ratio>[\d.]+); GPU peak (?P<reserved>[\d.]+) GiB reserved, (?P<allocated>[\d.]+) allocated; "
