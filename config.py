@@ -9,7 +9,7 @@ a value: what was given is used as it is or refused.
 One owner per number: this file's options (YAML and command line) own the training numbers, the DeepSpeed JSON owns
 ZeRO stage, buckets and offload, the Accelerate YAML owns process count and launcher. `cross_check` compares them.
 
-Imports the standard library and yaml only, so that `--help` answers at once.
+Imports the standard library, yaml and config_files.py (what the other tools' files may hold) only, so that `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import dataclasses
 import difflib
 import itertools
 import json
+import math
 import os
 import sys
 import types
@@ -27,6 +28,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
+
+import config_files
 
 DEFAULT_CURRICULUM = "0:1048576,2500:1310720,5000:1572864,7500:1835008,10000:2097152"
 HUB_MODEL = "moonshotai/Kimi-Linear-48B-A3B-Base"
@@ -182,14 +185,21 @@ def _coerce(name: str, value, source: str, problems: list[str]):
             if isinstance(value, bool):
                 return value
             raise ValueError
-        if isinstance(value, (bool, list, dict)) or value is None:
+        if isinstance(value, bool) or not isinstance(value, (str, int, float)):
             raise ValueError
         if kind is int:
             if isinstance(value, float):
                 raise ValueError
-            return int(str(value).replace("_", ""))
+            number = int(str(value).replace("_", ""))
+            if abs(number) > 2**63 - 1:  # what torch and numpy hold
+                raise ValueError
+            return number
+        if kind is float and not math.isfinite(float(value)):
+            raise ValueError
+        if kind is str and not str(value).isprintable():
+            raise ValueError
         return kind(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         problems.append(
             f"{source}: {name}: {value!r} is not {'a' if kind.__name__[0] != 'i' else 'an'} {kind.__name__}"
         )
@@ -217,34 +227,74 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def read_yaml(path: str) -> dict:
-    """The mapping in a YAML file, read with the safe loader. Raises UserError with the file's name."""
+def read_text(path: str) -> str:
+    """The text of a UTF-8 file. Raises UserError with the file's name."""
     try:
-        text = Path(path).read_text()
+        return Path(path).read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: byte {error.start} is not UTF-8 text; save the file as UTF-8") from None
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """The safe loader, which would let the last of two equal keys win without a word."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key_node, _ in node.value:
+            key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
+            if key is not None and key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is there twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+def read_yaml(path: str) -> dict:
+    """The mapping in a YAML file, read with the safe loader. Raises UserError with the file's name."""
+    text = read_text(path)
     try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {error}") from None
-    if values is None:
-        return {}
+        values = yaml.load(text, Loader=_StrictLoader)
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:  # the last three: what no scalar can be
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
-        raise UserError(f"{path}: expected 'key: value' lines, found a {type(values).__name__}")
+        found = "nothing" if values is None else f"a {type(values).__name__}"
+        raise UserError(f"{path}: expected 'key: value' lines, found {found}")
+    return values
+
+
+def parse_json(content: str | bytes, path: str | Path) -> dict:
+    """The object in a JSON text. Raises UserError, naming `path`, also for a key given twice and for NaN and Infinity,
+    which Python's own parser lets through."""
+
+    def unique(pairs):
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            names = [name for name, _ in pairs]
+            raise ValueError(f"key {next(name for name in names if names.count(name) > 1)!r} is there twice")
+        return values
+
+    def no_constant(word):
+        raise ValueError(f"{word} is not a number")
+
+    def finite(text):
+        if not math.isfinite(float(text)):
+            no_constant(text)
+        return float(text)
+
+    try:
+        text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
+        values = json.loads(text, object_pairs_hook=unique, parse_constant=no_constant, parse_float=finite)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected a JSON object, found a {type(values).__name__}")
     return values
 
 
 def read_json(path: str) -> dict:
     """The object in a JSON file. Raises UserError with the file's name."""
-    try:
-        values = json.loads(Path(path).read_text())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: expected a JSON object, found a {type(values).__name__}")
-    return values
+    return parse_json(read_text(path), path)
 
 
 def unknown_key(name: str, known, source: str) -> str:
@@ -322,7 +372,18 @@ def cross_check(config: TrainConfig, *, world_size: int | None, environ=os.envir
     """
     problems: list[str] = []
     launched_json = environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    deepspeed_json = config.deepspeed or launched_json
     accelerate_yaml = read_yaml(config.accelerate_config) if config.accelerate_config else {}
+    deepspeed = read_json(deepspeed_json) if deepspeed_json else {}
+    if config.accelerate_config:
+        problems += config_files.accelerate_problems(accelerate_yaml, config.accelerate_config)
+    if deepspeed_json:
+        problems += config_files.deepspeed_problems(deepspeed, deepspeed_json)
+    model_json = config.model_config or os.path.join(config.model_name_or_path, "config.json")
+    if config.model_config or os.path.isfile(model_json):
+        problems += config_files.model_problems(read_json(model_json), model_json, unknown=bool(config.model_config))
+    if problems:
+        return problems  # what follows compares values of the right types
     yaml_json = (accelerate_yaml.get("deepspeed_config") or {}).get("deepspeed_config_file")
     for source, other in (("the launched Accelerate YAML", launched_json), (config.accelerate_config, yaml_json)):
         if config.deepspeed and other and Path(other).resolve() != Path(config.deepspeed).resolve():
@@ -345,12 +406,12 @@ def cross_check(config: TrainConfig, *, world_size: int | None, environ=os.envir
             f"gradient_accumulation_steps: {config.accelerate_config} says {yaml_accumulation} but the training config "
             f"says {config.gradient_accumulation_steps}; the training config owns it, take it out of the other"
         )
-    if config.deepspeed:
-        problems += check_deepspeed_json(config, read_json(config.deepspeed), processes)
+    if deepspeed_json:
+        problems += check_deepspeed_json(config, deepspeed, processes, deepspeed_json)
     return problems
 
 
-def check_deepspeed_json(config: TrainConfig, ds: dict, processes: int | None) -> list[str]:
+def check_deepspeed_json(config: TrainConfig, ds: dict, processes: int | None, source: str) -> list[str]:
     """The DeepSpeed JSON may say 'auto' or nothing where the training config owns the number; else it must agree."""
     problems = []
     zero = ds.get("zero_optimization") or {}
@@ -360,7 +421,7 @@ def check_deepspeed_json(config: TrainConfig, ds: dict, processes: int | None) -
     if zero.get("stage") != 3:
         asked = f" and {' and '.join(offload)} needs it" if offload else ""
         problems.append(
-            f"{config.deepspeed}: zero_optimization.stage is {zero.get('stage')!r}; this trainer needs stage 3"
+            f"{source}: zero_optimization.stage is {zero.get('stage')!r}; this trainer needs stage 3"
             f"{asked} (49 B parameters do not fit one GPU)"
         )
     owned = {
@@ -374,18 +435,17 @@ def check_deepspeed_json(config: TrainConfig, ds: dict, processes: int | None) -
         theirs = ds.get(key, "auto")
         if theirs != "auto" and theirs != ours:
             problems.append(
-                f"{key}: {config.deepspeed} says {theirs} but the training config gives {ours}; "
-                f'write "auto" in {config.deepspeed}'
+                f'{key}: {source} says {theirs} but the training config gives {ours}; write "auto" in {source}'
             )
     bf16 = (ds.get("bf16") or {}).get("enabled", "auto")
     if bf16 not in ("auto", config.bf16):
-        problems.append(f"bf16: {config.deepspeed} says {bf16} but the training config says {config.bf16}")
+        problems.append(f"bf16: {source} says {bf16} but the training config says {config.bf16}")
     if (ds.get("fp16") or {}).get("enabled") is True:
-        problems.append(f"fp16: {config.deepspeed} enables fp16; Kimi-Linear was trained in bf16, use --bf16")
+        problems.append(f"fp16: {source} enables fp16; Kimi-Linear was trained in bf16, use --bf16")
     for section in ("optimizer", "scheduler"):
         if section in ds:
             problems.append(
-                f"{section}: {config.deepspeed} has a section {section!r}; the training config owns it, remove the section"
+                f"{section}: {source} has a section {section!r}; the training config owns it, remove the section"
             )
     return problems
 

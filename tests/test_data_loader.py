@@ -163,7 +163,7 @@ def test_opening_refuses_what_is_not_a_finished_folder(tmp_path):
     with pytest.raises(UserError, match=r"was not finished; run the same .* command again"):
         open_dataset(str(tmp_path))
     (tmp_path / "manifest.json").write_text('{"format_version": 1}')
-    with pytest.raises(UserError, match=r"manifest\.json: not a manifest"):
+    with pytest.raises(UserError, match=r"manifest\.json: 'tokenizer_name' is missing; tokenize again"):
         open_dataset(str(tmp_path))
     (tmp_path / "manifest.json").write_text('{"format_version": 99}')
     with pytest.raises(UserError, match=r"format_version is 99; this toolkit reads 1"):
@@ -179,6 +179,64 @@ def test_opening_refuses_shards_of_another_size(tmp_path):
     (tmp_path / "d" / "shard_00001.bin").unlink()
     with pytest.raises(UserError, match=r"shard_00001\.bin is missing"):
         open_dataset(str(tmp_path / "d"))
+
+
+def test_a_manifest_that_contradicts_itself_is_refused(tmp_path):
+    manifest = write_dataset(tmp_path / "d", (100, 50)).manifest
+    file = tmp_path / "d" / "manifest.json"
+    good = json.loads(file.read_text())
+    first = good["shards"][0]
+    for change, message in (
+        ({"total_tokens": 149}, "it says 149 tokens, its shards have 150"),
+        ({"documents": manifest.documents + 1}, "its shards have"),
+        ({"vocab_size": "97"}, "vocab_size is '97', not a int"),
+        ({"vocab_size": True}, "vocab_size is True"),
+        ({"eos_token_id": -1}, "eos_token_id is -1, not an id of"),
+        ({"eos_tokn_id": 1}, "unknown key 'eos_tokn_id'; did you mean 'eos_token_id'"),
+        ({"shards": [first, first]}, "two shards have the same name"),
+        (
+            {"shards": [{**first, "name": "../shard_00000"}]},
+            "'../shard_00000' is not the name of a shard in this folder",
+        ),
+        ({"shards": [{**first, "bin_sha256": "no"}]}, "bin_sha256 is no SHA-256"),
+        ({"shards": ["shard_00000"]}, "shards.0. is a str, not a JSON object"),
+    ):
+        file.write_text(json.dumps({**good, **change}))
+        with pytest.raises(UserError, match=message) as caught:
+            open_dataset(str(tmp_path / "d"))
+        assert str(file) in str(caught.value)
+    for text in (b'{"documents": 1, "documents": 2}', b'{"documents": NaN}', b"\xff\xfe{}", b"[]", b"", b"[" * 100_000):
+        file.write_bytes(text)
+        with pytest.raises(UserError, match=r"manifest\.json: (not valid JSON|expected a JSON object)"):
+            open_dataset(str(tmp_path / "d"))
+
+
+@pytest.mark.parametrize("damage", ["one byte", "another shard of the same size"])
+def test_a_changed_shard_of_the_same_size_is_named_before_its_tokens_are_used(tmp_path, damage):
+    dataset = write_dataset(tmp_path / "d", (1000, 1000))
+    plan = schedule(stages=(Stage(0, 64),), steps=4)
+    order = [dataset.manifest.shards[i].name for i in epoch_order(2, seed=3, epoch=0)]
+    second = tmp_path / "d" / f"{order[1]}.bin"
+    with WindowLoader(dataset, plan, seed=3, rank=0) as loader:
+        whole = [loader.micro_batch(step, micro_step) for step in range(4) for micro_step in range(4)]
+    if damage == "one byte":
+        content = bytearray(second.read_bytes())
+        content[-1] ^= 1
+        second.write_bytes(content)
+    else:
+        second.write_bytes((tmp_path / "d" / f"{order[0]}.bin").read_bytes())
+    served, steps = [], [(step, micro_step) for step in range(4) for micro_step in range(4)]
+    loader = WindowLoader(open_dataset(str(tmp_path / "d")), plan, seed=3, rank=0)
+    with (
+        loader,
+        pytest.raises(UserError, match=rf"{order[1]}\.bin has the right size but its SHA-256 is not the one in"),
+    ):
+        for step in steps:
+            served.append(loader.micro_batch(*step))
+    # every row before the damaged shard was served and is right
+    assert len(served) > 2
+    for row, right in zip(served, whole, strict=False):
+        np.testing.assert_array_equal(row, right)
 
 
 def test_manifest_hash_is_of_the_content(tmp_path):
@@ -339,7 +397,9 @@ def test_bad_micro_step_and_lost_data_are_errors(tmp_path):
         for name in ("shard_00000.bin", "shard_00001.bin"):
             with open(tmp_path / "d" / name, "r+b") as file:
                 file.truncate(8)
-        with pytest.raises(UserError, match=r"shard_0000\d\.bin: ends before byte \d+; run --verify"):
+        with pytest.raises(
+            UserError, match=r"shard_0000\d\.bin(: ends before byte \d+; run --verify| has the right size but)"
+        ):
             for micro_step in (1, 2, 3):  # the first may have been read ahead
                 loader.micro_batch(0, micro_step)
 

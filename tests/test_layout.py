@@ -40,7 +40,8 @@ def test_imports_form_no_cycle():
 
 
 def test_the_base_imports_nothing_of_ours():
-    assert imports_of(MODULES["config"]) == set()
+    assert imports_of(MODULES["config_files"]) == set()
+    assert imports_of(MODULES["config"]) == {"config_files"}
     assert imports_of(MODULES["run_log"]) <= {"config"}
 
 
