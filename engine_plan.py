@@ -17,13 +17,21 @@ import dataclasses
 from dataclasses import dataclass
 
 GIB = 2**30
-PHASES = ("kda", "attention", "mla_mlp", "mla_input", "loss")
+PHASES = ("kda", "kda_mlp", "attention", "mla_mlp", "mla_input", "loss")
 
-# Bytes of temporaries per token, in units of one element (bf16: 2 bytes) times a width; see benchmarks/NOTES.md
-KDA_WIDTHS = 50  # times heads * head size, one segment: the kernel's own 33 and what its layer keeps for backward
-MOE_WIDTHS = 5  # times experts per token * hidden size, one tile: gathered rows, gate/up, their gradients
+# What one token takes while a segment or a tile is worked on, in elements (an fp32 number is two bf16 elements), by reading
+# the code and by benchmarks/trace_memory.py, which runs it (fla's too) on tensors without storage and adds up what is alive.
+# KDA, times heads * head size. Kept from a segment's recomputation to its backward: q, k, v before the convolution and the
+# gate (4), q and k normalised and v (3), fla's two 64-wide matrices per head (1), four fp32 tensors of the gated norm (8)
+# and its output (1). In fla's backward the norm's nine are gone and its own gradients, states and copies are there; where a
+# segment follows, autograd makes the gradient of q's, k's and v's last taps as wide as the segment (3).
+KDA_KEPT, KDA_BACKWARD, KDA_TAPS, KDA_FORWARD = 17, 35, 3, 20
+# The residual stream's width: the norm's fp32 copy (2), its rounding and product (2), then, for the mixer, mixed, their
+# sum and the result (3; one more in fla's backward, one more of the segment before), for the MLP the router's fp32 copy (2)
+# and the gradient of its input (1)
+STREAM_KDA, STREAM_MLP = 7, 7
 COPIES_UNDER_WAY = 5 * GIB // 2  # bytes of tiles that may wait on the GPU for their copy to the host
-MARGIN = 1.06  # allocator rounding and fragments
+MARGIN = 1.03  # of the reserve, over what is allocated
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,11 @@ class Shape:
     def kda_width(self) -> int:
         return self.kda_heads * self.kda_dim
 
+    @property
+    def expert_parameters(self) -> int:
+        """Of one layer's routed experts."""
+        return 3 * self.hidden * self.experts * self.expert_width
+
     def layer_parameters(self, mixer: str, mlp: str) -> int:
         D = self.hidden
         if mixer == "kda":
@@ -65,7 +78,7 @@ class Shape:
             count += self.latent * self.mla_heads * (self.nope_dim + self.v_dim) + self.mla_heads * self.v_dim * D
         if mlp == "dense":
             return count + 3 * D * self.dense_width
-        return count + 3 * D * (self.experts * self.expert_width + self.shared_width) + D * self.experts
+        return count + self.expert_parameters + 3 * D * self.shared_width + D * self.experts
 
 
 @dataclass(frozen=True)
@@ -115,76 +128,153 @@ class Buffer:
 
 
 def engine_buffers(
-    shape: Shape, tokens: int, plan: Plan, *, element_bytes: int = 2, training: bool = True
+    shape: Shape,
+    tokens: int,
+    plan: Plan,
+    *,
+    element_bytes: int = 2,
+    training: bool = True,
+    frozen_experts: bool = False,
 ) -> list[Buffer]:
-    """Every buffer of a training step (or, with training=False, of a forward pass) over `tokens` tokens."""
-    e, wide, D = element_bytes, max(4, element_bytes), shape.hidden
+    """Every buffer of a training step (or, with training=False, of a forward pass) over `tokens` tokens.
+
+    With `frozen_experts` the routed experts' gradients are not there.
+    """
+    e, D = element_bytes, shape.hidden
     stream = tokens * D * e
     mixers = [mixer for mixer, _ in shape.layers]
     kda_layers, mla_layers = mixers.count("kda"), mixers.count("mla")
-    groups = -(-shape.mla_heads // plan.heads_per_group)
     segment, tile = min(plan.segment_tokens, tokens), min(plan.token_tile, tokens)
-    moe = any(mlp == "moe" for _, mlp in shape.layers)
-    dense = any(mlp == "dense" for _, mlp in shape.layers)
-    widths = max(
-        MOE_WIDTHS * shape.top_k * D + 6 * shape.shared_width if moe else 0, 7 * shape.dense_width if dense else 0
-    )
-    mlp_elements = tile * (widths + 12 * D)
-    largest = max(shape.layer_parameters(*layer) for layer in shape.layers)
-    # weights, and while a backward runs their sums in fp32 and one tile's own gradients
-    weights = largest * (2 * e + wide if training else e)
-    output = tokens * shape.mla_heads * (shape.v_dim * e + wide)
-    boundaries = len(shape.layers) if training else 1
     buffers = [
-        Buffer(f"hidden states, inputs of {boundaries} layers", boundaries * stream, plan.stream),
-        Buffer(
-            "weights of one layer and their gradients", weights, "gpu", ("kda", "attention", "mla_mlp", "mla_input")
-        ),
-        Buffer("token ids and labels", tokens * 16, "gpu"),
+        Buffer("token ids, labels, losses", tokens * 21, "gpu"),
+        *_weight_buffers(shape, tokens, plan, e, training=training, frozen_experts=frozen_experts),
+        *_kept_buffers(shape, tokens, plan, e, training=training),
     ]
     if training:
         buffers.append(Buffer("last hidden states, then their gradient", stream, plan.gradient))
+    # tiles that come from the host: the one in work and the next
+    coming = ((plan.stream == "host") + (training and plan.gradient == "host")) * min(2 * segment, tokens) * D * e
+    mlp = _mlp_tile(shape, tile, e, training=training, frozen_experts=frozen_experts)
     if kda_layers:
         state = shape.kda_heads * shape.kda_dim**2 * 4 + (shape.conv_width - 1) * 3 * shape.kda_width * e
         kept = kda_layers * -(-tokens // plan.segment_tokens) * state if training else state
-        kda = segment * (KDA_WIDTHS * shape.kda_width + 6 * D) * e
+        several = tokens > segment
+        width = lambda kda, D_s: segment * (kda * shape.kda_width + (D_s + several) * D) * e + coming  # noqa: E731
+        backward = KDA_BACKWARD + KDA_TAPS * several if training else KDA_FORWARD
         buffers += [
             Buffer("KDA states at segment starts", kept, "gpu"),
-            Buffer("one KDA segment", kda, "gpu", ("kda",)),
-            Buffer("one MLP tile", mlp_elements * e, "gpu", ("kda",)),
+            Buffer("one KDA segment", width(backward, STREAM_KDA + 1), "gpu", ("kda",)),
+            Buffer("one KDA segment", width(KDA_KEPT if training else 0, STREAM_KDA), "gpu", ("kda_mlp",)),
+            Buffer("one MLP tile", mlp, "gpu", ("kda_mlp",)),
         ]
     if mla_layers:
-        layers_kept = mla_layers if training and plan.keep_attention else 1
-        group = plan.heads_per_group * (2 * shape.qk_dim + 3 * shape.v_dim) * e
-        if training:  # and dq, dk, dv, the kernel's fp32 sum of dq
-            group += plan.heads_per_group * (2 * shape.qk_dim * e + shape.v_dim * e + shape.qk_dim * 4)
-        latent = tokens * (shape.latent + shape.shared_key)
-        during = ("attention", "mla_mlp")
-        segment_tiles = segment * (shape.mla_heads * shape.v_dim + 6 * D) * 2 * e
-        buffers += [
-            Buffer(f"attention outputs of {layers_kept} layers", layers_kept * output, plan.attention_outputs),
-            Buffer("latent", latent * e, "gpu", during),
-            Buffer("one head group", tokens * group, "gpu", ("attention",)),
-            Buffer("projection tiles", plan.projection_tile * D * 8 * e, "gpu", ("attention", "mla_input")),
-            Buffer("one MLP tile", mlp_elements * e + segment_tiles, "gpu", ("mla_mlp",)),
-        ]
-        if plan.normed == "gpu":
-            buffers.append(Buffer("normed hidden states", stream, "gpu", during))
-        if training:
-            sizes = [size for size in query_gradient_sizes(shape) if not _reuses_outputs(shape, plan, size)]
-            dq = tokens * shape.mla_heads * sum(sizes) * e
-            buffers += [
-                Buffer("latent gradient", latent * wide, "gpu", ("attention", "mla_input")),
-                Buffer(f"query gradients, {groups} groups", dq, plan.query_gradients, ("attention", "mla_input")),
-            ]
+        buffers += _mla_buffers(shape, tokens, plan, e, training=training)
+        outputs = min(2 * segment, tokens) if plan.attention_outputs == "host" else segment
+        mixer = segment * 3 * D * e + outputs * shape.mla_heads * shape.v_dim * e + coming
+        buffers.append(Buffer("one MLP tile", mlp + mixer, "gpu", ("mla_mlp",)))
     if "host" in (plan.stream, plan.attention_outputs, plan.query_gradients):
         buffers.append(Buffer("tiles on their way to the host", min(COPIES_UNDER_WAY, stream), "gpu"))
-    loss = min(plan.loss_tile, tokens) * (shape.vocab * e + 8 * D * e)
-    head = shape.vocab * D
-    buffers += [
-        Buffer("one loss tile", loss, "gpu", ("loss",)),
+    # the tile's logits and the norm of its rows
+    loss = min(plan.loss_tile, tokens) * (shape.vocab + 7 * D) * e
+    buffers.append(Buffer("one loss tile", loss, "gpu", ("loss",)))
+    return buffers
+
+
+def _kept_buffers(shape: Shape, tokens: int, plan: Plan, e: int, *, training: bool) -> list[Buffer]:
+    """What the forward keeps for the backward: the layers' inputs and the attention outputs, which go layer by layer.
+
+    When a KDA layer's backward runs, what the layers above it had kept is gone: on the GPU that room is used.
+    """
+    stream, output = tokens * shape.hidden * e, tokens * shape.mla_heads * (shape.v_dim * e + max(4, e))
+    mixers = [mixer for mixer, _ in shape.layers]
+    top = max((i for i, mixer in enumerate(mixers) if mixer == "kda"), default=0) + 1
+    in_kda = ("kda", "kda_mlp")
+    buffers = []
+    for layers, phases in ((mixers, tuple(p for p in PHASES if p not in in_kda)), (mixers[:top], in_kda)):
+        inputs = len(layers) if training else 1
+        outputs = layers.count("mla") if training and plan.keep_attention else min(1, layers.count("mla"))
+        buffers.append(Buffer(f"hidden states, inputs of {inputs} layers", inputs * stream, plan.stream, phases))
+        if outputs:
+            name = f"attention outputs of {outputs} layers"
+            buffers.append(Buffer(name, outputs * output, plan.attention_outputs, phases))
+    return buffers
+
+
+def _weight_buffers(
+    shape: Shape, tokens: int, plan: Plan, e: int, *, training: bool, frozen_experts: bool
+) -> list[Buffer]:
+    """Weights of the layer that runs and its gradients: summed in fp32, bf16 once they are complete (MLA's attention)."""
+    wide = max(4, e)
+    largest = max(shape.layer_parameters(*layer) for layer in shape.layers)
+    head = shape.vocab * shape.hidden
+    layer_phases = tuple(phase for phase in PHASES if phase != "loss")
+    buffers = [
+        Buffer("weights of one layer", largest * e, "gpu", layer_phases),
+        # a tile's share of the head's gradient is added to the sum
         Buffer("head weight and gradient", head * (e + 2 * wide if training else e), "gpu", ("loss",)),
     ]
+    if training:
+        trained = largest - shape.expert_parameters * frozen_experts
+        # before the second tile of a layer there is no sum
+        summing = ("kda", "kda_mlp", "mla_mlp") if tokens > min(plan.token_tile, plan.segment_tokens) else ("kda",)
+        buffers += [
+            Buffer("gradients of one layer", trained * wide, "gpu", summing),
+            Buffer("gradients of one layer", trained * e, "gpu", ("attention", "mla_input")),
+        ]
+    return buffers
+
+
+def _mlp_tile(shape: Shape, tile: int, e: int, *, training: bool, frozen_experts: bool) -> int:
+    """Bytes of a token tile in the layers' MLP: the largest of routed experts and dense MLP.
+
+    Routed experts, per routed row, in backward: gathered input and gradient (2 D), gate and up and their gradients (4 F),
+    the gradient of their product and the product (2 F), with the down projection's own gradient; later the gradient of the
+    input in place of the product's, with both weights' own gradients.
+    """
+    D, F, rows = shape.hidden, shape.expert_width, tile * shape.top_k
+    sizes = [0]
+    kinds = {mlp for _, mlp in shape.layers}
+    if "moe" in kinds:
+        own = 0 if frozen_experts else shape.expert_parameters
+        if training:
+            sizes += [rows * (2 * D + 6 * F) + own // 3, rows * (2 * D + 4 * F) + own]
+        else:
+            sizes.append(rows * (2 * D + 3 * F))
+    if "dense" in kinds:
+        own = 3 * D * shape.dense_width
+        sizes.append(tile * 6 * shape.dense_width + own if training else tile * 4 * shape.dense_width)
+    return (max(sizes) + tile * STREAM_MLP * D) * e
+
+
+def _mla_buffers(shape: Shape, tokens: int, plan: Plan, e: int, *, training: bool) -> list[Buffer]:
+    """The MLA layers' buffers, but for their MLP's tile."""
+    wide, D = max(4, e), shape.hidden
+    group = (2 * shape.qk_dim + 3 * shape.v_dim) * e
+    if training:  # and dq, dk, dv, the kernel's fp32 sum of dq and three fp32 numbers a row
+        group += (2 * shape.qk_dim + shape.v_dim) * e + -(-shape.qk_dim // 32) * 32 * 4 + 12
+    latent = tokens * (shape.latent + shape.shared_key)
+    during = ("attention", "mla_mlp")
+    tile = min(plan.projection_tile, tokens)
+    # in backward: the norm (6), its gradient (4), and queries, latent and their gradients
+    queries = shape.mla_heads * shape.qk_dim
+    projections = tile * (10 * D + 4 * queries + 6 * shape.latent) * e
+    on_host = D * (plan.stream == "host") + D * (plan.gradient == "host") + queries * (plan.query_gradients == "host")
+    projections += min(2 * tile, tokens) * on_host * e
+    buffers = [
+        Buffer("latent", latent * e, "gpu", during),
+        Buffer("one head group", tokens * plan.heads_per_group * group, "gpu", ("attention",)),
+        Buffer("projection tiles", projections, "gpu", ("mla_input",)),
+    ]
+    if plan.normed == "gpu":
+        buffers.append(Buffer("normed hidden states", tokens * D * e, "gpu", during))
+    if training:
+        groups = -(-shape.mla_heads // plan.heads_per_group)
+        sizes = [size for size in query_gradient_sizes(shape) if not _reuses_outputs(shape, plan, size)]
+        dq = tokens * shape.mla_heads * sum(sizes) * e
+        buffers += [
+            Buffer("latent gradient", latent * wide, "gpu", ("attention", "mla_input")),
+            Buffer(f"query gradients, {groups} groups", dq, plan.query_gradients, ("attention", "mla_input")),
+        ]
     return buffers
 
 

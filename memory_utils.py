@@ -38,7 +38,7 @@ from model_shape import ModelShape, is_trained, model_flops_per_step
 from phase_profiler import PhasePeak
 from phase_profiler import PhaseProfiler as PhaseProfiler
 from run_log import human_count, human_time
-from zero3_memory import Memory, PinnedPool, ZeroSettings, pinned_round_limit, set_allocator, zero_memory
+from zero3_memory import PASSING, Memory, PinnedPool, ZeroSettings, pinned_round_limit, set_allocator, zero_memory
 
 GIB = 2**30
 
@@ -96,8 +96,6 @@ REFERENCE_CHUNK, REFERENCE_TENSORS = 16, 20 + 40
 CPU_KERNEL_CACHE = int(0.45 * GIB)
 # Nobody means to train more than this on the CPU: without a GPU the command then asks for the card's name
 CPU_PARAMETERS = 1e9
-# The engine's name for what freezing the experts makes smaller
-LAYER_WEIGHTS = "weights of one layer and their gradients"
 # Of the host's memory, left to the operating system and the page cache, which serves the token shards
 HOST_RESERVE = 0.03
 # The goal is 100 to 150 B tokens: a schedule of more is taken for a slip
@@ -185,7 +183,8 @@ class Plan:
 
     @property
     def worst(self) -> StagePlan:
-        return max(self.stages, key=lambda stage: stage.fullness(self.machine))
+        # the host's memory is held from start to end: of equally full stages the longest is what fills it
+        return max(self.stages, key=lambda stage: (stage.fullness(self.machine), stage.seq_length))
 
     @property
     def fits(self) -> bool:
@@ -287,8 +286,9 @@ def plan_run(
         (stage.seq_length, min(end, last) - stage.start_step) for stage, end in zip(config.stages, ends, strict=True)
     ]
     lengths = [(length, steps) for length, steps in lengths if steps > 0]
-    engine = choose_engine(config, shape, zero, machine, max(length for length, _ in lengths))
-    stages = tuple(plan_stage(config, shape, zero, machine, engine, *stage) for stage in lengths)
+    longest = max(length for length, _ in lengths)
+    engine = choose_engine(config, shape, zero, machine, longest)
+    stages = tuple(plan_stage(config, shape, zero, machine, engine, *stage, longest=longest) for stage in lengths)
     plan = Plan(stages, engine, shape, machine, config.trainable, config.gpu_hour_usd, ())
     return dataclasses.replace(plan, warnings=tuple(schedule_warnings(config, plan, dataset_tokens)))
 
@@ -300,7 +300,10 @@ def choose_engine(
 
     Attention outputs are recomputed only where that is what makes the host's memory suffice.
     """
-    budget = (machine.gpu_limit - GPU_CONTEXT) / GIB if machine.gpu_limit else None
+    budget = None
+    if machine.gpu_limit:  # the engine counts what is allocated when it plans, but not what comes and goes in a step
+        held = gpu_held(config, shape, zero, machine)
+        budget = (machine.gpu_limit - GPU_CONTEXT - sum(held.get(term, 0) for term in PASSING)) / GIB
     keeps = ("keep", "recompute") if config.attention_outputs == "auto" else (config.attention_outputs,)
     for keep in keeps:
         open_choice = EngineChoice(
@@ -313,7 +316,7 @@ def choose_engine(
             heads_per_group=found.heads_per_group,
             token_tile=found.token_tile,
         )
-        _, memory = memory_at(config, shape, zero, machine, choice, seq_length)
+        _, memory = memory_at(config, shape, zero, machine, choice, seq_length, longest=seq_length)
         if sum(memory.pinned.values()) + sum(memory.pageable.values()) <= machine.usable_host:
             return choice
     return choice
@@ -323,16 +326,22 @@ def engine_step(
     config: TrainConfig, shape: ModelShape, zero: ZeroSettings, machine: Machine, choice: EngineChoice, seq_length: int
 ) -> engine_plan.Plan:
     """The engine's own plan for this length, as it will make it when the run is there."""
-    ranks, local = machine.num_gpus, machine.local_gpus
-    held = zero_memory(shape, zero, trainable=config.trainable, ranks=ranks, local_ranks=local, pool=None)
+    held = gpu_held(config, shape, zero, machine)
+    resident = sum(size for term, size in held.items() if term not in PASSING)
     return engine_plan.plan_step(
         engine_shape(shape),
         config.per_device_train_batch_size * seq_length,
         element_bytes=zero.weight_bytes,
         options=engine_plan.EngineOptions(**dataclasses.asdict(choice)),
-        gpu_bytes=int(choice.gpu_budget_gib * GIB) - sum(held.gpu.values()) if machine.gpu_limit else None,
+        gpu_bytes=int(choice.gpu_budget_gib * GIB) - resident if machine.gpu_limit else None,
         training=True,
     )
+
+
+def gpu_held(config: TrainConfig, shape: ModelShape, zero: ZeroSettings, machine: Machine) -> dict[str, int]:
+    """What ZeRO takes of each GPU, per term."""
+    ranks, local = machine.num_gpus, machine.local_gpus
+    return zero_memory(shape, zero, trainable=config.trainable, ranks=ranks, local_ranks=local, pool=None).gpu
 
 
 def engine_shape(shape: ModelShape) -> engine_plan.Shape:
@@ -367,27 +376,26 @@ def memory_at(
     machine: Machine,
     choice: EngineChoice,
     seq_length: int,
+    *,
+    longest: int,
 ) -> tuple[str, Memory]:
-    """(the phase of a step in which the GPU is fullest, memory per term) for sequences of this length."""
+    """(the phase of a step in which the GPU is fullest, memory per term) for sequences of this length.
+
+    The engine pins its host memory when the run starts, for sequences of the `longest` length, and holds it to the end.
+    """
     local, on_gpu = machine.local_gpus, machine.gpu_limit is not None
     pool = PinnedPool(machine.pinned_round_limit) if on_gpu else None
     memory = zero_memory(shape, zero, trainable=config.trainable, ranks=machine.num_gpus, local_ranks=local, pool=pool)
-    planned = engine_step(config, shape, zero, machine, choice, seq_length)
-    tokens = config.per_device_train_batch_size * seq_length
-    buffers = engine_buffers(shape, zero, planned, tokens, trainable=config.trainable)
-
-    def fullest(where: str) -> str:
-        there = lambda b, phase: b.where == where and (not b.phases or phase in b.phases)  # noqa: E731
-        return max(engine_plan.PHASES, key=lambda phase: sum(b.bytes for b in buffers if there(b, phase)))
-
-    phases = {where: fullest(where) for where in ("gpu", "host")}
+    phase, buffers = engine_terms(config, shape, zero, machine, choice, seq_length, "gpu")
     for b in buffers:
-        if not b.phases or phases[b.where] in b.phases:
-            memory.add("gpu" if b.where == "gpu" else "pinned", b.name, b.bytes * (1 if b.where == "gpu" else local))
+        memory.add("gpu", b.name, b.bytes)
+    for b in engine_terms(config, shape, zero, machine, choice, longest, "host")[1]:
+        memory.add("pinned", b.name, local * b.bytes)
+    tokens = config.per_device_train_batch_size * seq_length
     if config.engine == "reference":  # bf16 and fp32 logits of the whole sequence and their gradients
         memory.add("gpu", "logits of every token", 12 * tokens * shape.vocab_size)
     if on_gpu:
-        engine = sum(b.bytes for b in buffers if b.where == "gpu" and (not b.phases or phases["gpu"] in b.phases))
+        engine = sum(b.bytes for b in buffers)
         memory.add("gpu", "allocator: rounding, fragments", int((engine_plan.MARGIN - 1) * engine))
         memory.add("gpu", "CUDA context, NCCL", GPU_CONTEXT)
         memory.add("pinned", "pinned blocks: rounding, cache", local * (pool.owned - pool.asked))
@@ -396,23 +404,35 @@ def memory_at(
             memory.add("pageable", term, local * size)
         memory.gpu.clear()
         if shape.kda_layers:
-            one = min(tokens, planned.segment_tokens) * REFERENCE_CHUNK * shape.linear_dim * 4
+            segment = engine_step(config, shape, zero, machine, choice, seq_length).segment_tokens
+            one = min(tokens, segment) * REFERENCE_CHUNK * shape.linear_dim * 4
             memory.add("pageable", "KDA in plain torch", local * REFERENCE_TENSORS * one)
         memory.add("pageable", "oneDNN's compiled kernels", local * CPU_KERNEL_CACHE)
     memory.add("pageable", "Python, libraries", local * PROCESS_BASE["gpu" if on_gpu else "cpu"])
     memory.add("disk", "checkpoints", checkpoint_bytes(shape, zero, config))
-    return phases["gpu"], memory
+    return phase, memory
 
 
-def engine_buffers(
-    shape: ModelShape, zero: ZeroSettings, planned: engine_plan.Plan, tokens: int, *, trainable: str
-) -> list[engine_plan.Buffer]:
-    """The engine's own list, less what it counts for the gradients of frozen experts (a sum in fp32, a tile's own)."""
-    e = zero.weight_bytes
-    buffers = engine_plan.engine_buffers(engine_shape(shape), tokens, planned, element_bytes=e)
-    experts = 0 if is_trained("routed_experts", trainable) else shape.parameter_counts["routed_experts"]
-    saved = experts // max(1, shape.moe_layers) * (e + max(4, e))
-    return [dataclasses.replace(b, bytes=b.bytes - saved) if b.name == LAYER_WEIGHTS else b for b in buffers]
+def engine_terms(
+    config: TrainConfig,
+    shape: ModelShape,
+    zero: ZeroSettings,
+    machine: Machine,
+    choice: EngineChoice,
+    seq_length: int,
+    where: str,
+) -> tuple[str, list[engine_plan.Buffer]]:
+    """The phase of a step in which this place, 'gpu' or 'host', is fullest, and the engine's buffers there in it."""
+    buffers = engine_plan.engine_buffers(
+        engine_shape(shape),
+        config.per_device_train_batch_size * seq_length,
+        engine_step(config, shape, zero, machine, choice, seq_length),
+        element_bytes=zero.weight_bytes,
+        frozen_experts=not is_trained("routed_experts", config.trainable),
+    )
+    during = lambda phase: [b for b in buffers if b.where == where and (not b.phases or phase in b.phases)]  # noqa: E731
+    fullest = max(engine_plan.PHASES, key=lambda phase: sum(b.bytes for b in during(phase)))
+    return fullest, during(fullest)
 
 
 def checkpoint_bytes(shape: ModelShape, zero: ZeroSettings, config: TrainConfig) -> int:
@@ -432,6 +452,8 @@ def plan_stage(
     engine: EngineChoice,
     seq_length: int,
     steps: int,
+    *,
+    longest: int,
 ) -> StagePlan:
     """Memory, FLOPs and time of `steps` optimizer steps at one length."""
     batch, ranks = config.per_device_train_batch_size, machine.num_gpus
@@ -439,7 +461,7 @@ def plan_stage(
     if config.tokens_per_step is not None:  # data_loader.Schedule's rule
         micro_steps = max(1, round(config.tokens_per_step / (seq_length * batch * ranks)))
     sequences = micro_steps * batch * ranks
-    phase, memory = memory_at(config, shape, zero, machine, engine, seq_length)
+    phase, memory = memory_at(config, shape, zero, machine, engine, seq_length, longest=longest)
     flops = model_flops_per_step(shape, seq_length, sequences, trainable=config.trainable)
     card = find_gpu(machine.gpu)
     seconds = step_seconds(

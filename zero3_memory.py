@@ -36,6 +36,7 @@ class ZeroSettings:
     reduce_bucket_size: int = 500_000_000
     sub_group_size: int = 1_000_000_000
     persistence_threshold: int = 100_000
+    prefetch_bucket_size: int = 50_000_000
 
     @classmethod
     def from_json(cls, ds: dict, *, bf16: bool) -> ZeroSettings:
@@ -57,6 +58,7 @@ class ZeroSettings:
             reduce_bucket_size=int(zero.get("reduce_bucket_size", cls.reduce_bucket_size)),
             sub_group_size=int(zero.get("sub_group_size", cls.sub_group_size)),
             persistence_threshold=int(zero.get("stage3_param_persistence_threshold", cls.persistence_threshold)),
+            prefetch_bucket_size=int(zero.get("stage3_prefetch_bucket_size", cls.prefetch_bucket_size)),
         )
 
 
@@ -81,7 +83,8 @@ def zero_memory(
     """What DeepSpeed ZeRO-3 holds between steps, as its code allocates it (0.19.8, runtime/zero/stage3.py), in its order:
 
     1. every parameter's partition, ceil(numel / ranks) elements, one block each (zero.Init)
-    2. one flat block per optimizer group for the trained ones (matrices, vectors); the blocks of 1. are freed
+    2. one flat block per optimizer group for the trained ones (matrices, vectors), on the host pinned whatever pin_memory
+       says; the blocks of 1. are freed
     3. fp32 master per sub-group (pageable), 4. fp32 gradient per sub-group (pinned)
     5. one flat block that gradients are accumulated in over micro-steps (pinned; grad_accum_dtype)
     6. CPU Adam's two moments, at the first step (pageable)
@@ -110,7 +113,7 @@ def zero_memory(
         for elements in trained:
             pool.allocate(w * elements)
     hold(*weights_at, "weights, frozen", [w * elements for elements in frozen])
-    hold(*weights_at, "weights, trained", [w * sum(part[p.name] for p in group) for group in groups])
+    hold(zero.weights_device, True, "weights, trained", [w * sum(part[p.name] for p in group) for group in groups])
     if on_host:
         for elements in trained:
             pool.free(w * elements)
@@ -129,7 +132,37 @@ def zero_memory(
     memory.add("gpu", "small parameters kept whole", w * small)
     # value, gradient and two moments, on every rank
     memory.add("gpu", "fp32 decay parameters", 16 * sum(p.numel for p in shape.parameters if p.own_fp32))
+    memory.add("gpu", PREFETCHED, w * _prefetched(owned, zero) if zero.weights_device != "none" else 0)
+    memory.add("gpu", GRADIENT_COPIES, _gradient_copies([p for p in owned if p.trained(trainable)], zero, ranks))
     return memory
+
+
+# Terms that are there only while a step runs
+PREFETCHED, GRADIENT_COPIES = "ZeRO's prefetched weights", "ZeRO's copies of a gradient"
+PASSING = (PREFETCHED, GRADIENT_COPIES)
+
+
+def _prefetched(owned: list, zero: ZeroSettings) -> int:
+    """Elements gathered for the next layer while one runs: whole parameters until the prefetch bucket is reached or passed."""
+    layers: Counter[int] = Counter()
+    for p in owned:
+        if p.layer is not None:
+            layers[p.layer] += p.numel
+    largest = max((p.numel for p in owned if p.layer is not None), default=0)
+    return min(max(layers.values(), default=0), zero.prefetch_bucket_size + largest if zero.prefetch_bucket_size else 0)
+
+
+def _gradient_copies(trained: list, zero: ZeroSettings, ranks: int) -> int:
+    """Bytes of one bucket's copies on the stream that ZeRO reduces on, whose freed blocks no other stream can use.
+
+    A bucket is filled up to reduce_bucket_size, a larger parameter is one by itself. Of a rank's share: the sum over ranks
+    in the accumulation's precision, the accumulated gradient read back from the host, the same in the master's precision.
+    """
+    acc, master, on_host = zero.accumulation_bytes, zero.master_bytes, zero.states_device != "none"
+    share = acc * (acc != zero.weight_bytes) + on_host * (acc + master * (master != acc))
+    alone = max((p.numel for p in trained), default=0)
+    filled = min(zero.reduce_bucket_size, sum(p.numel for p in trained))
+    return max(share * -(-alone // ranks), zero.weight_bytes * filled + share * -(-filled // ranks))
 
 
 def sub_groups(partitions: list[int], limit: int) -> list[int]:
