@@ -227,12 +227,13 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def read_text(path: str) -> str:
-    """The text of a UTF-8 file. Raises UserError with the file's name."""
+def read_text(path: str, option: str = "") -> str:
+    """The text of a UTF-8 file. Raises UserError with the file's name, and the option's that named it."""
     try:
         return Path(path).read_bytes().decode("utf-8-sig")
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        key = f"{option}: " if option else ""
+        raise UserError(f"{key}{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: byte {error.start} is not UTF-8 text; save the file as UTF-8") from None
 
@@ -250,15 +251,15 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
-def read_yaml(path: str) -> dict:
+def read_yaml(path: str, option: str = "") -> dict:
     """The mapping in a YAML file, read with the safe loader. Raises UserError with the file's name."""
-    text = read_text(path)
+    text = read_text(path, option)
     try:
         values = yaml.load(text, Loader=_StrictLoader)
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:  # the last three: what no scalar can be
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        found = "nothing" if values is None else f"a {type(values).__name__}"
+    if not isinstance(values, dict) or not values:
+        found = "nothing" if not values else f"a {type(values).__name__}"
         raise UserError(f"{path}: expected 'key: value' lines, found {found}")
     return values
 
@@ -292,9 +293,9 @@ def parse_json(content: str | bytes, path: str | Path) -> dict:
     return values
 
 
-def read_json(path: str) -> dict:
+def read_json(path: str, option: str = "") -> dict:
     """The object in a JSON file. Raises UserError with the file's name."""
-    return parse_json(read_text(path), path)
+    return parse_json(read_text(path, option), path)
 
 
 def unknown_key(name: str, known, source: str) -> str:
@@ -373,15 +374,16 @@ def cross_check(config: TrainConfig, *, world_size: int | None, environ=os.envir
     problems: list[str] = []
     launched_json = environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
     deepspeed_json = config.deepspeed or launched_json
-    accelerate_yaml = read_yaml(config.accelerate_config) if config.accelerate_config else {}
-    deepspeed = read_json(deepspeed_json) if deepspeed_json else {}
+    accelerate_yaml = read_yaml(config.accelerate_config, "accelerate_config") if config.accelerate_config else {}
+    deepspeed = read_json(deepspeed_json, "deepspeed") if deepspeed_json else {}
     if config.accelerate_config:
         problems += config_files.accelerate_problems(accelerate_yaml, config.accelerate_config)
     if deepspeed_json:
         problems += config_files.deepspeed_problems(deepspeed, deepspeed_json)
     model_json = config.model_config or os.path.join(config.model_name_or_path, "config.json")
     if config.model_config or os.path.isfile(model_json):
-        problems += config_files.model_problems(read_json(model_json), model_json, unknown=bool(config.model_config))
+        model = read_json(model_json, "model_config")
+        problems += config_files.model_problems(model, model_json, unknown=bool(config.model_config))
     if problems:
         return problems  # what follows compares values of the right types
     yaml_json = (accelerate_yaml.get("deepspeed_config") or {}).get("deepspeed_config_file")

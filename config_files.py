@@ -74,8 +74,7 @@ def check(values, rules: dict, source: str, *, prefix: str = "", unknown: bool =
                 hint = f"; did you mean {near[0]!r}?" if near else "; take it out"
                 problems.append(f"{source}: unknown key {f'{prefix}{name}'!r}{hint}")
         elif isinstance(rule, dict):
-            if value is not None:
-                problems += check(value, rule, source, prefix=f"{prefix}{name}.", unknown=unknown)
+            problems += check(value, rule, source, prefix=f"{prefix}{name}.", unknown=unknown)
         elif not rule.holds(value):
             problems.append(f"{source}: {prefix}{name} is {value!r:.60}, but must be {rule.words}")
     return problems
@@ -192,8 +191,8 @@ ACCELERATE = {
         "deepspeed_inclusion_filter": TEXT,
         "deepspeed_exclusion_filter": TEXT,
     },
-    "num_machines": POSITIVE,
-    "num_processes": POSITIVE,
+    "num_machines": integer(1, 100_000),
+    "num_processes": integer(1, 1_000_000),
     "machine_rank": COUNT,
     "main_training_function": TEXT,
     "main_process_ip": TEXT,
@@ -226,6 +225,20 @@ def accelerate_problems(values: dict, source: str) -> list[str]:
 _SIZE = integer(1, 2**31 - 1)
 _TOKEN = either(integer(0, 2**31 - 1), NULL)
 _LAYERS = list_of(integer(1, 2**31 - 1))
+# What transformers takes for a key that is left out, where rules below compare it with one that is there
+RELEASED = {
+    "vocab_size": 163840,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "num_experts": 256,
+    "num_experts_per_token": 8,
+    "num_expert_group": 1,
+    "topk_group": 1,
+    "pad_token_id": 163839,
+    "bos_token_id": 163584,
+    "eos_token_id": 163586,
+}
 # What gives the tensors their shapes. Two spellings: transformers' own and the released checkpoint's.
 SIZES = {
     ("vocab_size",): _SIZE,
@@ -285,9 +298,10 @@ MODEL = {
     "pad_token_id": _TOKEN,
     "bos_token_id": _TOKEN,
     "eos_token_id": either(_TOKEN, list_of(integer(0, 2**31 - 1))),
+    "architectures": either(list_of(TEXT), NULL),
     # what transformers writes into every config and this model does not read
     **dict.fromkeys(
-        "architectures auto_map dtype torch_dtype transformers_version _name_or_path use_cache rope_theta rope_scaling "
+        "auto_map dtype torch_dtype transformers_version _name_or_path use_cache rope_theta rope_scaling "
         "num_nextn_predict_layers id2label label2id problem_type chunk_size_feed_forward is_encoder_decoder "
         "output_attentions output_hidden_states return_dict".split(),
         ANYTHING,
@@ -298,33 +312,45 @@ MODEL = {
 def model_problems(values: dict, source: str, *, unknown: bool) -> list[str]:
     """`unknown`: whether an unknown key is one (in a hand-written --model_config it is a misspelt one; the config.json of a
     checkpoint may have keys that this toolkit does not know). A size left out is the released model's."""
-    problems = check(values, MODEL, source, unknown=unknown)
+    problems = check(values, MODEL, source, unknown=unknown) if values else [f"{source}: holds no key"]
     if problems:
         return problems
-    first = lambda *names: next((values[n] for n in names if values.get(n) is not None), None)  # noqa: E731
-    for names in SIZES:
-        given = {name: values[name] for name in names if name in values}
-        if len(set(given.values())) > 1:
-            problems.append(f"{source}: {' and '.join(f'{k} {v}' for k, v in given.items())} are one value; keep one")
-    heads, kv_heads = values.get("num_attention_heads"), values.get("num_key_value_heads")
-    if heads and kv_heads and heads != kv_heads:
+    found = {names[0]: _one_value(values, names, source, problems) for names in SIZES}
+    value = lambda *names: next((values[n] for n in names if n in values), RELEASED[names[0]])  # noqa: E731
+    heads, kv_heads = value("num_attention_heads"), value("num_key_value_heads")
+    if heads != kv_heads:
         problems.append(f"{source}: num_key_value_heads is {kv_heads}, but must be num_attention_heads {heads}")
-    chosen, experts = first("num_experts_per_token", "num_experts_per_tok"), first("num_experts", "num_local_experts")
-    if chosen and experts and chosen > experts:
-        problems.append(f"{source}: {chosen} experts a token cannot be chosen from {experts}")
-    groups, top = first("num_expert_group", "n_group") or 1, first("topk_group") or 1
-    if top > groups or (experts and experts % groups):
-        problems.append(f"{source}: {experts} experts in {groups} groups of which {top} are chosen do not go together")
+    experts = found["num_experts"] or RELEASED["num_experts"]
+    chosen = found["num_experts_per_token"] or RELEASED["num_experts_per_token"]
+    if chosen > experts:
+        problems.append(f"{source}: num_experts_per_token {chosen} cannot be chosen from num_experts {experts}")
+    groups, top = value("num_expert_group", "n_group"), value("topk_group")
+    if top > groups or experts % groups:
+        problems.append(
+            f"{source}: num_experts {experts} in {groups} groups of which {top} are chosen do not go together"
+        )
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        ids = values.get(name) if isinstance(values.get(name), list) else [values.get(name)]
-        if any(i is not None and i >= values.get("vocab_size", LARGEST) for i in ids):
-            problems.append(f"{source}: {name} is {values[name]}, not below vocab_size {values['vocab_size']}")
+        ids = value(name) if isinstance(value(name), list) else [value(name)]
+        if any(i is not None and i >= value("vocab_size") for i in ids):
+            left_out = "" if name in values else " (left out, so the released model's)"
+            problems.append(f"{source}: {name} is {value(name)}{left_out}, not below vocab_size {value('vocab_size')}")
     return problems + _layer_problems(values, source)
+
+
+def _one_value(values: dict, names: tuple[str, ...], source: str, problems: list[str]):
+    """The value under any of its spellings; two spellings with two values are a problem."""
+    given = {name: values[name] for name in names if name in values}
+    if len(set(given.values())) > 1:
+        problems.append(f"{source}: {' and '.join(f'{k} {v}' for k, v in given.items())} are one value; keep one")
+    return next(iter(given.values()), None)
 
 
 def _layer_problems(values: dict, source: str) -> list[str]:
     """Each layer is exactly one of KDA and MLA; the lists are counted from 1, the types from 0."""
-    layers, linear = values.get("num_hidden_layers"), values.get("linear_attn_config") or {}
+    layers, linear = (
+        values.get("num_hidden_layers", RELEASED["num_hidden_layers"]),
+        values.get("linear_attn_config", {}),
+    )
     problems = []
     sizes = {"head_dim": "linear_head_dim", "num_heads": "linear_num_heads"}
     sizes["short_conv_kernel_size"] = "linear_conv_kernel_dim"
@@ -333,8 +359,6 @@ def _layer_problems(values: dict, source: str) -> list[str]:
             problems.append(
                 f"{source}: linear_attn_config.{name} {linear[name]} and {other} {values[other]} are one value; keep one"
             )
-    if layers is None:
-        return problems
     mla, kda = linear.get("full_attn_layers"), linear.get("kda_layers")
     if values.get("layer_types") is not None:
         if len(values["layer_types"]) != layers:
@@ -348,6 +372,10 @@ def _layer_problems(values: dict, source: str) -> list[str]:
         problems.append(
             f"{source}: which layers are MLA and which KDA is not said: linear_attn_config.full_attn_layers and kda_layers "
             "(counted from 1), or layer_types"
+        )
+    if values.get("first_k_dense_replace", 0) > layers:
+        problems.append(
+            f"{source}: first_k_dense_replace is {values['first_k_dense_replace']}, more than {layers} layers"
         )
     if values.get("mlp_layer_types") is not None and len(values["mlp_layer_types"]) != layers:
         problems.append(f"{source}: mlp_layer_types has {len(values['mlp_layer_types'])} entries for {layers} layers")
