@@ -1,14 +1,14 @@
-"""Predicted against measured: runs the real trainer on small cases and compares GPU, host and step time with the plan.
+"""Predicted against measured: GPU, host and step time of real trainer runs beside the plan of the same files.
 
-    python benchmarks/bench_planner.py --cases cpu  --out benchmarks/results/planner_cpu.json
-    python benchmarks/bench_planner.py --cases h100 --only K --out benchmarks/results/planner_h100.json   # one H100; then M
-    python benchmarks/bench_planner.py --table benchmarks/results/planner_*.json benchmarks/results/engine*.json   # no run
+    python benchmarks/bench_planner.py --cases cpu --out benchmarks/results/planner_cpu.json             # runs the trainer here
+    python benchmarks/bench_planner.py --table benchmarks/results/engine_*_h100.json benchmarks/results/planner_cpu*.json
 
-Each case is `accelerate launch train_continual_2m.py` under ZeRO-3 with CPU offload on random tokens and random weights.
-Measured: the allocator's highest reserve on the GPU and the seconds of a step (metrics.jsonl; the last step, the first
-holds warm-up), and the highest resident memory of every rank's process, added up (/proc/PID/status, VmHWM). Predicted: by
-memory_utils.plan_run for the same files. `--table` plans again with today's planner, so that a change of the planner is
-judged by runs that were made before it; it also reads what bench_engine.py collects.
+`--cases` runs small models on the CPU (`accelerate launch train_continual_2m.py`, ZeRO-3 with CPU offload, random tokens and
+weights) and measures the highest resident memory of every rank's process, added up (/proc/PID/status, VmHWM).
+`--table` runs nothing: it reads those records and the runs of bench_engine.py, every stage of which is a point: the allocator's
+reserve and allocation at their highest, the process's highest resident memory (pinned memory counts in it), the seconds of
+the stage's last step. Each is planned again with today's planner, so that a change of the planner is judged by runs that were
+made before it; tile sizes are those that the run used, and a point whose other choices would be other ones today is marked.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import bench_engine  # noqa: E402
+
 import memory_utils  # noqa: E402
 from config import load_config, read_json  # noqa: E402
 from hardware import found_gpus  # noqa: E402
@@ -36,23 +38,8 @@ from run_log import git_commit, versions  # noqa: E402
 from zero3_memory import ZeroSettings, set_allocator  # noqa: E402
 
 GIB = 2**30
+DEMO_DEEPSPEED = "demo/deepspeed.json"
 DEMO = json.loads((ROOT / "demo/model.json").read_text())
-# the released layers (hidden 2304, 32 heads, vocabulary 163,840), fewer of them and fewer experts
-REAL = {
-    "model_type": "kimi_linear",
-    "num_hidden_layers": 4,
-    "num_experts": 16,
-    "first_k_dense_replace": 1,
-    "linear_attn_config": {
-        "full_attn_layers": [4],
-        "kda_layers": [1, 2, 3],
-        "head_dim": 128,
-        "num_heads": 32,
-        "short_conv_kernel_size": 4,
-    },
-}
-REAL_2 = {**REAL, "num_hidden_layers": 2, "num_experts": 48}
-REAL_2["linear_attn_config"] = {**REAL["linear_attn_config"], "full_attn_layers": [2], "kda_layers": [1]}
 
 
 @dataclass(frozen=True)
@@ -79,16 +66,6 @@ CASES = {
         Case("wide model", WIDE, 512, 8, processes=2),
         Case("wide model, experts frozen", WIDE, 512, 8, processes=2, options={"trainable": "no_experts"}),
     ),
-    "h100": (
-        Case("4 layers, 64K", REAL, 65536, 3),
-        Case("4 layers, 64K, small tiles", REAL, 65536, 2, options={"segment_tokens": 16384, "token_tile": 16384}),
-        Case("4 layers, 256K", REAL, 262144, 2),
-        Case("4 layers, 512K, 2 heads", REAL, 524288, 2, options={"heads_per_group": 2, "token_tile": 32768}),
-        Case("2 layers, 256K", REAL_2, 262144, 2),
-        Case("2 layers, 512K, 40 GiB", REAL_2, 524288, 2, options={"gpu_memory_gib": 40}),
-        Case("4 layers, 1M", REAL, 1048576, 2),
-        Case("4 layers, 2M", REAL, 2097152, 1),
-    ),
 }
 
 
@@ -114,7 +91,7 @@ def main() -> int:
         if arguments.out:
             text = json.dumps({"environment": environment(), "records": records}, indent=1)
             Path(arguments.out).write_text(text + "\n")
-    print(table(records))
+    print(table([point_of(record) for record in records]))
     return 0
 
 
@@ -135,7 +112,6 @@ def environment() -> dict:
 
 def run_case(case: Case) -> dict:
     """Run the trainer on a case; returns {"case", "machine", "measured"}, or "failed" with the log's end in "measured"."""
-    gpus = found_gpus()
     with tempfile.TemporaryDirectory(prefix="planner_") as folder:
         words = write_files(case, Path(folder))
         launch = [str(Path(sys.executable).with_name("accelerate")), "launch"]
@@ -164,14 +140,12 @@ def run_case(case: Case) -> dict:
                 "loss": [s["loss"] for s in steps],
                 "host_bytes": sum(h["VmHWM"] for h in highest.values()),
                 "ranks": sorted(highest.values(), key=lambda h: -h["VmHWM"]),
-                "gpu_bytes": max(s["peak_gib"] for s in steps) * GIB if gpus else None,
                 "log": [line for line in text.splitlines() if line.startswith(("engine", "step", "saved"))][-30:],
             }
         else:
             said = [line for line in text.splitlines() if "rror" in line]
             measured["log"] = [*text.splitlines()[-30:], *said[:1]]
-    machine = {"num_gpus": case.processes, "gpu": gpus[0][0] if gpus else None}
-    machine |= {"gpu_memory_gib": case.options.get("gpu_memory_gib", gpus[0][1] if gpus else None)}
+    machine = {"num_gpus": case.processes, "gpu": None, "gpu_memory_gib": None}
     machine |= {"host_memory_gib": memory_utils.host_memory() / GIB}
     allocator = {name: environ[name] for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF") if name in environ}
     return {"case": asdict(case), "machine": machine, "allocator": allocator, "measured": measured}
@@ -189,7 +163,7 @@ def options_of(case: Case, folder: Path) -> list[str]:
         "gradient_accumulation_steps": 1,
         "wandb_mode": "disabled",
         "save_total_limit": 1,
-        "learning_rate": 3e-3 if case.seq_length < 65536 else 1e-5,
+        "learning_rate": 3e-3,
         "warmup_steps": 5,
         **case.options,
     }
@@ -198,35 +172,13 @@ def options_of(case: Case, folder: Path) -> list[str]:
 
 def write_files(case: Case, folder: Path) -> list[str]:
     """Model, DeepSpeed JSON and random tokens of a case; returns the trainer's options."""
-    import numpy as np
-
-    import data_loader
-
     vocabulary = case.model.get("vocab_size", ModelShape.vocab_size)
     (folder / "model.json").write_text(json.dumps(case.model))
-    ds = read_json("deepspeed_config_h100.json" if found_gpus() else "demo/deepspeed.json")
-    (folder / "deepspeed.json").write_text(json.dumps(ds))
-    launch = Path("demo/accelerate.yaml").read_text().replace("demo/deepspeed.json", f"{folder}/deepspeed.json")
+    (folder / "deepspeed.json").write_text(json.dumps(read_json(DEMO_DEEPSPEED)))
+    launch = Path("demo/accelerate.yaml").read_text().replace(DEMO_DEEPSPEED, f"{folder}/deepspeed.json")
     (folder / "accelerate.yaml").write_text(launch)
     total = case.seq_length * case.steps * case.processes
-    (folder / "tokens").mkdir()
-    with data_loader.ShardWriter(folder / "tokens", "shard_00000") as writer:
-        # as uneven as words are, since experts are then hit unevenly too
-        tokens = np.random.default_rng(0).zipf(1.2, total).clip(3, vocabulary - 1).astype("<i4")
-        writer.add(tokens, np.array([total]))
-        shard = writer.close()
-    manifest = data_loader.Manifest(
-        tokenizer_name="random",
-        tokenizer_hash="random",
-        vocab_size=vocabulary,
-        eos_token="[EOS]",
-        eos_token_id=2,
-        max_seq_length=case.seq_length,
-        total_tokens=total,
-        documents=1,
-        shards=(shard,),
-    )
-    data_loader.write_file_durably(folder / "tokens/manifest.json", manifest.to_json())
+    bench_engine.write_tokens(folder / "tokens", total, vocabulary, longest=case.seq_length)
     return options_of(case, folder)
 
 
@@ -257,92 +209,181 @@ def watch(folder: str, highest: dict[int, dict]) -> None:
 # ---------------------------------------------------------------------------------------------- predicted against measured
 
 
+@dataclass(frozen=True)
+class Point:
+    """One length of one run: what was measured beside today's plan for it. Bytes and seconds; None: not measured."""
+
+    name: str
+    source: str
+    tokens: int
+    tiles: str
+    plan: memory_utils.StagePlan
+    gpu_reserved: float | None
+    gpu_allocated: float | None
+    host: float | None
+    seconds: float | None
+    steps: int
+    failed: str | None
+
+
 def read_records(path: Path) -> list[dict]:
-    """The records of a file: this benchmark's own, or one per length of a run that bench_engine.py collected."""
+    """The records of a file: this benchmark's own, or one per length of a run of bench_engine.py."""
     found = json.loads(path.read_text())
     if "records" in found:
-        return found["records"]
-    return engine_records(found, path.stem)
+        return [{**record, "source": path.name} for record in found["records"]]
+    return engine_records(found, path.name)
 
 
-def engine_records(run: dict, name: str) -> list[dict]:
-    """A run of bench_engine.py: its options stand in the log's first line, the card in its header; it has one rank.
-
-    The last step of each length is taken. Its host memory was not measured.
-    """
-    import bench_engine
-
+def engine_records(run: dict, source: str) -> list[dict]:
+    """A run of bench_engine.py: its options stand in the log's first line, the card in its header; it has one rank."""
     words = re.search(r"train_continual_2m\.py (.*)", run["log"])[1]
     options = dict(re.findall(r"--(\w+) (?!--)(\S+)", words))
+    if options.get("engine") == "reference":  # the plain path is not what is planned
+        return []
     kept = ("curriculum", "num_train_steps", "attention_outputs", "gpu_memory_gib", "trainable", "offload")
     kept += ("segment_tokens", "heads_per_group", "token_tile", "attention_backend")
     values = {key: options[key] for key in kept if key in options}
-    card = re.search(r"hardware: \d+ x (.*?), host", run["log"])[1]
+    text = run["stdout"] + run["log"]
+    if used := re.search(
+        r"engine: KDA segments of ([\d,]+) tokens, (\d+) MLA heads at a time, tiles of ([\d,]+)", text
+    ):
+        sizes = [int(number.replace(",", "")) for number in used.groups()]
+        values |= dict(zip(("segment_tokens", "heads_per_group", "token_tile"), sizes, strict=True))
+    machine = {
+        "num_gpus": 1,
+        "gpu": re.search(r"hardware: \d+ x (.*?), host", run["log"])[1],
+        "gpu_memory_gib": float(values.get("gpu_memory_gib", 0)) or None,
+        "host_memory_gib": 128.0,
+    }
+    model = run.get("model", bench_engine.MODEL)
+    return [
+        {
+            "source": source,
+            "case": {**asdict(Case(model_name(model), model, tokens, 1)), "options": values},
+            "machine": machine,
+            "allocator": {},
+            "deepspeed": bench_engine_deepspeed(),
+            "measured": measured_stage(run, text, tokens),
+        }
+        for tokens in dict.fromkeys(step["seq_length"] for step in run["steps"])
+    ]
+
+
+def measured_stage(run: dict, text: str, tokens: int) -> dict:
+    """What a run measured at one length: peaks over its steps, the time of the last."""
+    steps = [step for step in run["steps"] if step["seq_length"] == tokens]
+    phases = re.search(rf"at {tokens:,} tokens: .*\n  peaks per phase, GiB \(GPU allocated[^:]*: (.*)", text)
+    allocated = [float(n) for n in re.findall(r"(?:^|; )\w+ ([\d.]+) /", phases[1])] if phases else []
+    engine = re.findall(rf"^engine: ({tokens:,} tokens, .*); predicted", text, re.M)
+    return {
+        "exit_code": 0,
+        "gpu_bytes": max(step["peak_gib"] for step in steps) * GIB,
+        "gpu_allocated_bytes": max(allocated) * GIB if allocated else None,
+        "host_bytes": max(step["process_gib"] for step in steps) * GIB,
+        "step_seconds": steps[-1]["seconds"],
+        "steps": len(steps),
+        "engine": engine[0] if engine else None,
+    }
+
+
+def bench_engine_deepspeed() -> dict:
+    """The DeepSpeed JSON of bench_engine.prepare."""
     ds = read_json("deepspeed_config_h100.json")
     ds["data_types"]["grad_accum_dtype"] = "bf16"
     for place in ("offload_optimizer", "offload_param"):
         ds["zero_optimization"][place]["pin_memory"] = False
-    machine = {"num_gpus": 1, "gpu": card, "gpu_memory_gib": None, "host_memory_gib": 128}
-    if "gpu_memory_gib" in values:
-        machine["gpu_memory_gib"] = float(values["gpu_memory_gib"])
-    last = {step["seq_length"]: step for step in run["steps"]}
-    return [
-        {
-            "case": asdict(Case(f"{name}, {n:,}", run.get("model", bench_engine.MODEL), n, 1, options=values)),
-            "machine": machine,
-            "allocator": {},
-            "deepspeed": ds,
-            "measured": {
-                "exit_code": 0,
-                "gpu_bytes": step["peak_gib"] * GIB,
-                "host_bytes": None,
-                "step_seconds": step["seconds"],
-            },
-        }
-        for n, step in last.items()
-    ]
+    return ds
 
 
-def predict(record: dict) -> memory_utils.StagePlan:
-    """Today's plan for a recorded case."""
-    values = {**record["case"]}
-    case = Case(**values)
+def model_name(model: dict) -> str:
+    shape = ModelShape.from_config_dict(model)
+    layers = f"{shape.kda_layers} KDA + {len(shape.mla_layers)} MLA layers"
+    return f"{layers}, {shape.num_experts} experts, {shape.total_parameters / 1e9:.1f} B"
+
+
+def point_of(record: dict) -> Point:
+    """A recorded case beside today's plan for it."""
+    case, measured = Case(**record["case"]), record["measured"]
     on_gpu = record["machine"]["gpu"] is not None
+    ds = "deepspeed_config_h100.json" if on_gpu else DEMO_DEEPSPEED
     with tempfile.TemporaryDirectory() as folder:
         words = options_of(case, Path(folder))
-        ds = "deepspeed_config_h100.json" if on_gpu else "demo/deepspeed.json"
         words[words.index("--deepspeed") + 1] = ds
         config = load_config(words)
     zero = ZeroSettings.from_json(record.get("deepspeed", read_json(ds)), bf16=config.bf16)
     shape = ModelShape.from_config_dict(case.model)
     plan = memory_utils.plan_run(config, shape, zero=zero, environ=record["allocator"], **record["machine"])
-    return next(stage for stage in plan.stages if stage.seq_length == case.seq_length)
+    step = memory_utils.engine_step(config, shape, zero, plan.machine, plan.engine, case.seq_length)
+    tiles = f"{step.segment_tokens // 1024}K / {step.heads_per_group} / {step.token_tile // 1024}K" if on_gpu else ""
+    used = measured.get("engine")
+    return Point(
+        name=case.name,
+        source=record.get("source", ""),
+        tokens=case.seq_length,
+        tiles=tiles + (" (1)" if used and used != step.text.split("; predicted")[0] else ""),
+        plan=next(stage for stage in plan.stages if stage.seq_length == case.seq_length),
+        gpu_reserved=measured.get("gpu_bytes"),
+        gpu_allocated=measured.get("gpu_allocated_bytes"),
+        host=measured.get("host_bytes"),
+        seconds=measured.get("step_seconds"),
+        steps=measured.get("steps", case.steps),
+        failed=measured["log"][-1] if measured["exit_code"] else None,
+    )
 
 
-def table(records: list[dict]) -> str:
-    """One line a case: predicted, measured and the difference, for GPU, host and step time."""
-    head = f"{'case':<30}{'GPU GiB':>26}{'host GiB':>26}{'step s':>26}"
-    lines = [head, f"{'':<30}" + f"{'predicted  measured':>26}" * 3]
-    for record in records:
-        stage, measured = predict(record), record["measured"]
-        if measured["exit_code"] != 0:
-            lines.append(f"{record['case']['name']:<30} failed: {measured['log'][-1]}")
+def table(points: list[Point]) -> str:
+    """Predicted / measured of every point as the README shows it, and the range of the differences."""
+    head = (
+        "model",
+        "tokens",
+        "segment / heads / tile",
+        "GPU GiB, predicted / reserved (allocated)",
+        "host GiB",
+        "step s",
+    )
+    head += ("steps", "raw")
+    lines = [_row(head), "|" + "---|" * len(head)]
+    differences: dict[str, list[float]] = {"GPU": [], "host": [], "step": []}
+    for p in points:
+        if p.failed:
+            lines.append(_row((p.name, f"{p.tokens:,}", p.tiles, f"failed: {p.failed}", "", "", "", p.source)))
             continue
         # the context is outside the allocator, whose reserve is what was measured
-        gpu = stage.gpu_bytes - memory_utils.GPU_CONTEXT if stage.memory.gpu else None
-        cells = [
-            cell(gpu, measured["gpu_bytes"], GIB),
-            cell(stage.host_bytes, measured["host_bytes"], GIB),
-            cell(stage.step_seconds, measured["step_seconds"], 1),
-        ]
-        lines.append(f"{record['case']['name']:<30}" + "".join(f"{text:>26}" for text in cells))
-    return "\n".join(lines)
+        gpu = p.plan.gpu_bytes - memory_utils.GPU_CONTEXT if p.plan.memory.gpu else None
+        cells = []
+        for what, predicted, measured, unit in (
+            ("GPU", gpu, p.gpu_reserved, GIB),
+            ("host", p.plan.host_bytes, p.host, GIB),
+            ("step", p.plan.step_seconds, p.seconds, 1),
+        ):
+            cells.append(cell(predicted, measured, unit))
+            if predicted is not None and measured is not None:
+                differences[what].append(predicted / measured - 1)
+        if p.gpu_allocated is not None:
+            cells[0] += f" ({p.gpu_allocated / GIB:.1f})"
+        lines.append(_row((p.name, f"{p.tokens:,}", p.tiles, *cells, str(p.steps), p.source)))
+    if any("(1)" in p.tiles for p in points):
+        lines.append("\n(1) the engine would place its buffers otherwise today; predicted is today's plan")
+    ranges = [
+        f"{what} {min(found):+.1%} to {max(found):+.1%} ({len(found)} points)"
+        for what, found in differences.items()
+        if found
+    ]
+    return "\n".join([*lines, f"\npredicted over measured: {', '.join(ranges)}"])
+
+
+def _row(cells) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def cell(predicted: float | None, measured: float | None, unit: float) -> str:
-    if predicted is None or measured is None:
-        return "n/a" if measured is None else f"n/a {measured / unit:9.2f}"
-    return f"{predicted / unit:.2f} {measured / unit:9.2f} {predicted / measured - 1:+7.1%}"
+    """'predicted / measured (difference)'; a value that is not known is n/a."""
+    if measured is None:
+        return "n/a"
+    digits = 1 if measured >= 10 * unit else 2
+    if predicted is None:
+        return f"n/a / {measured / unit:,.{digits}f}"
+    return f"{predicted / unit:,.{digits}f} / {measured / unit:,.{digits}f}, {predicted / measured - 1:+.1%}"
 
 
 if __name__ == "__main__":
