@@ -53,7 +53,7 @@ def use_kept_tuning(capability: tuple[int, int], environ=os.environ) -> str:
     'full', fla looks for the same shapes, then for others, then takes a default, and tunes only kernels that have no file.
     """
     folder = Path(__file__).resolve().parent / "tuned_kernels" / f"sm_{capability[0]}{capability[1]}"
-    if "FLA_CACHE_MODE" in environ:
+    if "FLA_CACHE_MODE" in environ and environ.get("FLA_CONFIG_DIR") != str(folder):
         return f"fla's tuning: as FLA_CACHE_MODE={environ['FLA_CACHE_MODE']} says"
     if not folder.is_dir():
         return "fla tunes its kernels for this GPU in the first step (minutes, then kept)"

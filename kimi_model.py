@@ -94,10 +94,10 @@ def load_model(config: TrainConfig, model_config, *, device: torch.device):
     `from_pretrained` (which converts the Hub's unfused experts and split convolutions).
     Raises UserError if the checkpoint cannot be found or does not hold every weight.
     """
+    check_kernels(device)  # first: transformers imports fla, which reads where its tuning is at import
     from safetensors import SafetensorError
     from transformers import KimiLinearForCausalLM
 
-    check_kernels(device)
     dtype = torch.bfloat16 if config.bf16 else torch.float32
     # fp64 and CPU have no grouped matmul worth the name; "eager" loops over the experts
     model_config._experts_implementation = "grouped_mm" if device.type == "cuda" else "eager"

@@ -60,7 +60,9 @@ def total_error(grads, reference) -> float:
 
 @pytest.fixture(scope="module", autouse=True)
 def kept_tuning():
-    check_kernels(torch.device("cuda"))  # before fla is imported: the plain path too takes its tuning from the repository
+    check_kernels(
+        torch.device("cuda")
+    )  # before fla is imported: the plain path too takes its tuning from the repository
 
 
 @pytest.fixture(scope="module")
@@ -93,9 +95,9 @@ def test_bf16_is_no_worse_than_the_plain_bf16_path(ids, reference):
         assert own <= max(1.25 * theirs, 1e-3), f"{name}: tiled {own:.4f}, plain {theirs:.4f}"
 
 
-def test_places_and_tiles_change_nothing(ids):
-    """Host and GPU, kept and recomputed attention, few and many tiles: the same loss and gradients to bf16 rounding."""
-    results = []
+def test_places_and_tiles_change_nothing(ids, reference):
+    """Host and GPU, kept and recomputed attention, few and many tiles: as near to fp32 as the largest tiles are."""
+    errors = []
     for options in (
         {**NOTHING_FIXED, "offload": "gpu"},
         {"segment_tokens": 1024, "heads_per_group": 4, "token_tile": 1024, "offload": "host"},
@@ -103,12 +105,13 @@ def test_places_and_tiles_change_nothing(ids):
     ):
         model = real_layers(torch.bfloat16)
         install_long_sequence(model, **options)
-        results.append(loss_and_gradients(model, ids))
+        loss, grads = loss_and_gradients(model, ids)
+        assert loss == pytest.approx(reference[0], rel=2e-4)
+        errors.append(total_error(grads, reference[1]))
+        print(f"{options}: loss {loss:.6f}, error of the whole gradient {errors[-1]:.5f}")
         del model
         torch.cuda.empty_cache()
-    for loss, grads in results[1:]:
-        assert loss == pytest.approx(results[0][0], rel=1e-4)
-        assert total_error(grads, results[0][1]) < 1e-2
+    assert max(errors) <= 1.05 * errors[0]
 
 
 def test_document_borders(ids):
