@@ -3,9 +3,10 @@
     python checkpointing.py --verify ./checkpoints/run/checkpoint-step500           # every byte against its checksum
     python checkpointing.py --export ./checkpoints/run/checkpoint-step500 ./model   # the Hub's own layout
 
-    save_checkpoint(engine, fp32, state, config=config)      # every rank calls; OUTPUT_DIR/checkpoint-step500
+    saver = Saver(engine, fp32, config=config, ...)          # on every rank
+    saver.start(state); ...; saver.finish()                  # OUTPUT_DIR/checkpoint-step500, written while training goes on
     path = find_checkpoint("latest", output_dir)             # newest complete one, says which it skipped and why
-    state = load_checkpoint(engine, fp32, path, ...)
+    load_checkpoint(engine, fp32, path, read_state(path), log=log)
 
 A checkpoint folder holds DeepSpeed's own shards (`zero/`), `fp32.safetensors` (the decay parameters and their moments),
 `config.json` of the model, `trainer_state.json`, and `files.json`, written last: every file's size and SHA-256.
@@ -19,25 +20,25 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from config import TrainConfig, UserError, run_main
+from config import MATHEMATICS, TrainConfig, UserError, read_json, run_main, unknown_key
+from durable_files import fsync_folder, write_file_durably
 from run_log import human_count, say
 
 NAME = re.compile(r"checkpoint-step(\d+)$")
 TEMPORARY = ".writing-"
-# Options that decide what is computed: a resumed run must have the same
-MATHEMATICS = (
-    "curriculum learning_rate warmup_steps lr_scheduler_type num_train_steps weight_decay adam_beta1 adam_beta2 "
-    "adam_epsilon max_grad_norm seed bf16 trainable document_mask"
-).split()
+SMALL_BYTES = 64 * 2**20  # files below are hashed by whoever looks at a checkpoint: 0.04 s
+REQUIRED = ("trainer_state.json", "config.json", "fp32.safetensors")
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,9 @@ class TrainerState:
     tokenizer: str
     options: dict
     versions: dict
+    # Of the last accepted steps, oldest first: what the spike rule compares with (step_guard.py)
+    recent_losses: list[float] = field(default_factory=list)
+    recent_norms: list[float] = field(default_factory=list)
 
 
 def model_fingerprint(model_config) -> str:
@@ -95,59 +99,147 @@ def space_problem(output_dir: str, needed: int) -> str | None:
     )
 
 
-def save_checkpoint(engine, fp32, state: TrainerState, *, config: TrainConfig, model_config, needed: int, log) -> Path:
-    """Write OUTPUT_DIR/checkpoint-stepN; every rank calls it and returns when the checkpoint is complete.
+class Saver:
+    """Writes OUTPUT_DIR/checkpoint-stepN while training goes on; every rank makes one and calls it in the same order.
 
-    `engine`: DeepSpeed engine (ZeRO-3); `fp32`: kimi_model.Fp32Optimizer; `needed`: see `expected_bytes`. All ranks must
-    see one file system. Raises OSError on every rank, before a byte is written, if the disk is too full; if it fills up
-    all the same, the temporary folder goes at the next save. Either way every complete checkpoint stays.
+        saver.start(state)          # returns when everything to be written is known: milliseconds
+        ...forward, backward...     # a thread per rank writes meanwhile (shard_files.py)
+        saver.finish()              # before the optimizer's next step: waits, then files.json, rename, `latest`
+
+    Nothing is copied but the buffers and the fp32 leaves (kilobytes): what is written changes in the optimizer's step only.
+    In the main thread because they are collectives: DeepSpeed's gathering of persistent parameters and the agreement of all
+    ranks. `needed`: see `expected_bytes`. All ranks must see one file system. OSError is raised on every rank, by `start`
+    if the disk is too full and by `finish` if writing failed; every complete checkpoint stays.
     """
-    import torch.distributed as dist
-    from safetensors.torch import save_file
 
-    started = time.perf_counter()
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    final = Path(config.output_dir) / checkpoint_name(state.step)
-    working = final.with_name(TEMPORARY + final.name)
-    problem = [None]
-    if rank == 0:
-        for stale in final.parent.glob(f"{TEMPORARY}*"):  # of a save that was cut off
+    def __init__(self, engine, fp32, *, config: TrainConfig, model_config, needed: int, log):
+        from shard_files import ShardFiles
+
+        self.engine, self.fp32, self.config, self.model_config = engine, fp32, config, model_config
+        self.needed, self.log = needed, log
+        self.shards = engine.checkpoint_engine = ShardFiles()
+        self.state: TrainerState | None = None
+        self.waited_s = 0.0
+        self._deleting: threading.Thread | None = None
+
+    @property
+    def active(self) -> bool:
+        """A save was started and not finished; the same on all ranks."""
+        return self.state is not None
+
+    @property
+    def writing(self) -> bool:
+        """This rank's thread has not written everything yet."""
+        return self.shards.writing
+
+    def start(self, state: TrainerState) -> None:
+        import torch.distributed as dist
+        from safetensors.torch import save
+
+        self.finish()
+        self._started = time.perf_counter()
+        self.final = Path(self.config.output_dir) / checkpoint_name(state.step)
+        self.working = self.final.with_name(TEMPORARY + self.final.name)
+        _on_rank_0(self._prepare, f"step {state.step} is not saved")
+        self.state = state
+        self.engine.save_checkpoint(str(self.working), tag="zero", save_latest=False)
+        if dist.get_rank() == 0:
+            self.shards.add(self.working / "fp32.safetensors", save(self.fp32.state()))
+            self.shards.add(self.working / "config.json", self.model_config.to_json_string(use_diff=False).encode())
+            text = json.dumps(dataclasses.asdict(state), indent=1)
+            self.shards.add(self.working / "trainer_state.json", text.encode())
+        self.shards.start()
+        self.waited_s = time.perf_counter() - self._started
+
+    def finish(self) -> None:
+        """Complete the save that was started, if one was; returns when the checkpoint has its name."""
+        import torch.distributed as dist
+
+        if not self.active:
+            return
+        waiting, step = time.perf_counter(), self.state.step
+        self.state = None
+        records, problem = {}, None
+        try:
+            found = self.shards.join()
+            records = {str(path.relative_to(self.working)): record for path, record in found.items()}
+        except OSError as error:
+            problem = f"rank {dist.get_rank()}: {error}"
+        gathered: list = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, (records, problem))  # also: all ranks have written
+        problems = "; ".join(problem for _, problem in gathered if problem)
+        merged = {name: record for part, _ in gathered for name, record in part.items()}
+        _on_rank_0(lambda: self._publish(merged, problems), f"step {step} is not saved")
+        gib = sum(record["bytes"] for record in merged.values()) / 2**30
+        self.waited_s += time.perf_counter() - waiting
+        self.log.line(
+            f"saved {self.final} ({gib:.2f} GiB in {time.perf_counter() - self._started:.1f} s, "
+            f"training waited {self.waited_s:.1f} s)"
+        )
+
+    def save(self, state: TrainerState) -> None:
+        """Start and finish at once: a stop or the end of the run has no next step to hide behind."""
+        self.start(state)
+        self.finish()
+
+    def close(self) -> None:
+        """Finish what was started; wait for deletions."""
+        self.finish()
+        if self._deleting:
+            self._deleting.join()
+
+    def _prepare(self) -> None:
+        if self._deleting:
+            self._deleting.join()
+        for stale in self.final.parent.glob(f"{TEMPORARY}*"):  # of a save or a deletion that was cut off
             shutil.rmtree(stale)
-        problem = [space_problem(config.output_dir, needed)]
-        if not problem[0]:
-            working.mkdir(parents=True)
-    dist.broadcast_object_list(problem, src=0)  # ranks fail together
+        problem = space_problem(self.config.output_dir, self.needed)
+        if problem:
+            raise OSError(problem)
+        self.working.mkdir(parents=True)
+
+    def _publish(self, records: dict, problems: str) -> None:
+        """On rank 0: give the checkpoint its name, or take away what was written of it."""
+        if problems:
+            shutil.rmtree(self.working, ignore_errors=True)
+            raise OSError(problems)
+        files = _files_of(self.working)
+        for name in set(files) - set(records):  # DeepSpeed's two recovery scripts
+            records[name] = _fsynced_record(self.working / name)
+        write_file_durably(self.working / "files.json", json.dumps(dict(sorted(records.items())), indent=1).encode())
+        for folder in {self.working, *(path.parent for path in map(self.working.joinpath, files))}:
+            fsync_folder(folder)
+        doomed = []
+        if self.final.exists():  # moved aside, since deleting takes long and a kill inside it would leave neither
+            doomed.append(_set_aside(self.final, "replaced"))
+        os.rename(self.working, self.final)
+        write_file_durably(self.final.parent / "latest", f"{self.final.name}\n".encode())
+        doomed += _retain(self.final.parent, self.config.save_total_limit, self.log)
+        # 600 GB take the file system many seconds to forget, and nobody has to wait for it
+        self._deleting = threading.Thread(target=lambda: [shutil.rmtree(path, ignore_errors=True) for path in doomed])
+        self._deleting.start()
+
+
+def _on_rank_0(action, what: str) -> None:
+    """Run `action` on rank 0 while the others wait; its OSError is raised on every rank, since ranks fail together."""
+    import torch.distributed as dist
+
+    problem = [None]
+    if dist.get_rank() == 0:
+        try:
+            action()
+        except OSError as error:
+            problem = [f"{what}: {error}"]
+    dist.broadcast_object_list(problem, src=0)
     if problem[0]:
-        raise OSError(f"step {state.step} is not saved: {problem[0]}")
-    engine.save_checkpoint(str(working), tag="zero", save_latest=False)
-    if rank == 0:
-        save_file(fp32.state(), str(working / "fp32.safetensors"))
-        model_config.to_json_file(str(working / "config.json"), use_diff=False)
-        (working / "trainer_state.json").write_text(json.dumps(dataclasses.asdict(state), indent=1))
-    dist.barrier()
-    # Hashing and fsync are shared out: at 49 B parameters they read 0.6 TB
-    files = _files_of(working)
-    mine = {name: _fsynced_record(working / name) for name in files[rank::world_size]}
-    records: list = [None] * world_size
-    dist.all_gather_object(records, mine)
-    if rank == 0:
-        merged = {name: record for part in records for name, record in sorted(part.items())}
-        _write_synced(working / "files.json", json.dumps(merged, indent=1))
-        for folder in {working, *(path.parent for path in map(working.joinpath, files))}:
-            _fsync_folder(folder)
-        replaced = final.with_name(f"{TEMPORARY}replaced-{final.name}")
-        if final.exists():  # moved aside, since deleting takes long and a kill inside it would leave neither
-            os.rename(final, replaced)
-        os.rename(working, final)
-        shutil.rmtree(replaced, ignore_errors=True)
-        _write_synced(final.parent / ".latest.writing", final.name + "\n")
-        os.rename(final.parent / ".latest.writing", final.parent / "latest")
-        _fsync_folder(final.parent)
-        _retain(final.parent, config.save_total_limit, log)
-    dist.barrier()
-    gib = sum(record["bytes"] for part in records for record in part.values()) / 2**30
-    log.line(f"saved {final} ({gib:.2f} GiB in {time.perf_counter() - started:.1f} s)")
-    return final
+        raise OSError(problem[0])
+
+
+def _set_aside(path: Path, why: str) -> Path:
+    """Rename a checkpoint that is to be deleted: half deleted under its own name it could be taken for one."""
+    aside = path.with_name(f"{TEMPORARY}{why}-{path.name}")
+    os.rename(path, aside)
+    return aside
 
 
 def _files_of(folder: Path) -> list[str]:
@@ -161,27 +253,14 @@ def _fsynced_record(path: Path) -> dict:
     return {"bytes": path.stat().st_size, "sha256": digest}
 
 
-def _write_synced(path: Path, text: str) -> None:
-    with open(path, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _fsync_folder(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _retain(output_dir: Path, limit: int, log) -> None:
-    """Delete the oldest complete checkpoints beyond `limit` (0 keeps all); incomplete folders are left alone."""
-    complete = [path for path in list_checkpoints(output_dir) if incomplete_reason(path) is None]
-    for path in complete[limit:] if limit else []:
-        shutil.rmtree(path)
+def _retain(output_dir: Path, limit: int, log) -> list[Path]:
+    """Set aside the oldest complete checkpoints beyond `limit` (0 keeps all), for the caller to delete; incomplete folders
+    are left alone."""
+    complete = [path for path in list_checkpoints(output_dir) if incomplete_reason(path, checksums=False) is None]
+    doomed = complete[limit:] if limit else []
+    for path in doomed:
         log.line(f"deleted {path} (save_total_limit {limit})")
+    return [_set_aside(path, "deleted") for path in doomed]
 
 
 # ---------------------------------------------------------------------------------------------- finding and checking
@@ -194,31 +273,71 @@ def list_checkpoints(output_dir: str | Path) -> list[Path]:
     return [path for _, path in sorted(found, reverse=True)]
 
 
-def incomplete_reason(path: Path, *, checksums: bool = False) -> str | None:
-    """Why `path` is not a complete checkpoint, or None if it is. Sizes always, contents with `checksums`."""
-    try:
-        records = json.loads((path / "files.json").read_text())
-    except FileNotFoundError:
-        return "it has no files.json, so its writing was cut off"
-    except (OSError, ValueError) as error:
-        return f"files.json cannot be read ({error})"
+def read_records(path: Path) -> dict[str, dict]:
+    """files.json of a checkpoint: {name: {"bytes", "sha256"}}. Raises UserError with the file and the key.
+
+    Names are paths inside the folder; one that leaves it is refused, since files are read (and hashed) by them.
+    """
+    file = path / "files.json"
+    records = read_json(str(file))
     for name, record in records.items():
-        file = path / name
-        if not file.is_file():
+        parts = Path(name).parts
+        if not parts or Path(name).is_absolute() or ".." in parts or "\0" in name:
+            raise UserError(f"{file}: {name!r} is no path inside the checkpoint")
+        size, digest = (record.get("bytes"), record.get("sha256")) if isinstance(record, dict) else (None, None)
+        if type(size) is not int or size < 0:
+            raise UserError(f"{file}: {name}: bytes is {size!r}; it must be a number of bytes")
+        if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
+            raise UserError(f"{file}: {name}: sha256 is {digest!r}; it must be 64 hexadecimal digits")
+    return records
+
+
+def incomplete_reason(path: Path, *, checksums: bool | str = "small") -> str | None:
+    """Why `path` is not a complete checkpoint, or None if it is.
+
+    Names and sizes always; contents of all files with `checksums=True`, of those under SMALL_BYTES with "small".
+    """
+    if not (path / "files.json").exists():
+        return "it has no files.json, so its writing was cut off"
+    try:
+        records = read_records(path)
+    except UserError as error:
+        return str(error)
+    present = _files_of(path)
+    missing = [name for name in REQUIRED if name not in records]
+    if missing or not any(name.startswith("zero/") for name in records):
+        return f"files.json does not name {', '.join(missing) or 'any file in zero/'}"
+    for name, record in records.items():
+        reason = _damage(path, name, record, checksums=checksums)
+        if reason:
+            return reason
+    # DeepSpeed finds its shards by their names, whatever files.json says
+    unknown = sorted(name for name in set(present) - set(records) if name.startswith("zero/"))
+    return f"{unknown[0]} is not in files.json" if unknown else None
+
+
+def _damage(path: Path, name: str, record: dict, *, checksums: bool | str) -> str | None:
+    file = path / name
+    try:
+        if file.is_symlink() or not file.is_file():
             return f"{name} is missing"
-        if file.stat().st_size != record["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes, files.json says {record['bytes']}"
-        if checksums:
+        size = file.stat().st_size
+        if size != record["bytes"]:
+            return f"{name} has {size} bytes, files.json says {record['bytes']}"
+        if checksums is True or (checksums == "small" and size < SMALL_BYTES):
             with open(file, "rb") as handle:
                 if hashlib.file_digest(handle, "sha256").hexdigest() != record["sha256"]:
                     return f"{name} does not match its checksum"
+    except OSError as error:
+        return f"{name} cannot be read ({error.strerror})"
     return None
 
 
 def find_checkpoint(wanted: str, output_dir: str, *, say=say) -> Path | None:
     """The folder to resume from. 'latest': the newest complete one in `output_dir`, None if there is none at all.
 
-    Raises UserError for a named folder that is missing or incomplete, and when every checkpoint there is is incomplete.
+    Large files are only looked at by size here, see `verified_by_all_ranks`. Raises UserError for a named folder that is
+    missing or incomplete, and when every checkpoint there is is incomplete.
     """
     if wanted != "latest":
         path = Path(wanted)
@@ -235,6 +354,7 @@ def find_checkpoint(wanted: str, output_dir: str, *, say=say) -> Path | None:
     for path in candidates:
         reason = incomplete_reason(path)
         if reason is None:
+            _compare_latest(path, say)
             return path
         say(f"WARNING: skipping {path}: {reason}")
     if candidates:
@@ -244,36 +364,101 @@ def find_checkpoint(wanted: str, output_dir: str, *, say=say) -> Path | None:
     return None
 
 
-def read_state(path: Path) -> TrainerState:
-    """The checkpoint's trainer_state.json. Raises UserError with the file's name if it is not one of ours."""
-    file = path / "trainer_state.json"
+def _compare_latest(found: Path, say) -> None:
+    """`latest` is for people and other tools; the newest complete checkpoint is taken whatever it says."""
+    file = found.with_name("latest")
     try:
-        return TrainerState(**json.loads(file.read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"resume_from_checkpoint: {file} cannot be read ({error})") from None
+        name = file.read_text(errors="replace").strip()
+    except OSError:
+        name = None
+    if name != found.name:
+        what = "is missing" if name is None else "is empty" if not name else f"says {name[:80]!r}"
+        say(f"WARNING: {file} {what}; the newest complete checkpoint is {found.name}, resuming from it")
 
 
-def options_of(config: TrainConfig, sequences_per_step: list[int]) -> dict:
+def verified_by_all_ranks(path: Path) -> str | None:
+    """Compare the large files' contents with their checksums, shared out over the ranks; every rank calls it.
+
+    Returns why the checkpoint is damaged, the same on all ranks, or None. It reads what loading reads right after.
+    """
+    import torch.distributed as dist
+
+    records = read_records(path)
+    large = sorted(name for name, record in records.items() if record["bytes"] >= SMALL_BYTES)
+    reasons = (
+        _damage(path, name, records[name], checksums=True) for name in large[dist.get_rank() :: dist.get_world_size()]
+    )
+    found: list = [None] * dist.get_world_size()
+    dist.all_gather_object(found, next(filter(None, reasons), None))
+    return next(filter(None, found), None)
+
+
+def read_state(path: Path) -> TrainerState:
+    """The checkpoint's trainer_state.json. Raises one UserError with the file and every key that is not as it must be."""
+    file = path / "trainer_state.json"
+    values = read_json(str(file))
+    fields = {each.name: each for each in dataclasses.fields(TrainerState)}
+    problems = [unknown_key(str(name), fields, str(file)) for name in values if name not in fields]
+    for name, known in fields.items():
+        if name not in values:
+            if known.default_factory is dataclasses.MISSING:
+                problems.append(f"{file}: {name} is missing")
+            continue
+        value, kind = values[name], {"int": int, "str": str, "dict": dict, "list": list}[known.type.partition("[")[0]]
+        if type(value) is not kind:
+            problems.append(f"{file}: {name}: {value!r:.80} must be of type {kind.__name__}")
+        elif kind is int and not 0 <= value < 2**53:
+            problems.append(f"{file}: {name}: {value!r:.80} must be from 0 to 2**53")
+        elif kind is list and not all(type(item) is float and math.isfinite(item) for item in value):
+            problems.append(f"{file}: {name}: must be a list of finite numbers")
+    if not problems and values["world_size"] < 1:
+        problems.append(f"{file}: world_size: {values['world_size']} must be at least 1")
+    if not problems and type(values["options"].get("bf16")) is not bool:
+        problems.append(f"{file}: options: bf16 must be true or false")
+    if problems:
+        raise UserError("\n".join(f"checkpoint: {problem}" for problem in problems))
+    return TrainerState(**values)
+
+
+def options_of(config: TrainConfig, sequences_per_step: list[int], deepspeed: dict | None = None) -> dict:
     """What decides the mathematics, for trainer_state.json. Batch, accumulation and processes count only in the number
-    of sequences of a step (one number a stage): how they are shared out changes nothing but the order of sums."""
-    return {**{name: getattr(config, name) for name in MATHEMATICS}, "sequences_per_step": sequences_per_step}
+    of sequences of a step (one number a stage): how they are shared out changes nothing but the order of sums. Of the
+    DeepSpeed JSON: the types that gradients are added up in and moments are kept in."""
+    deepspeed = deepspeed or {}
+    return {
+        **{name: getattr(config, name) for name in MATHEMATICS},
+        "sequences_per_step": sequences_per_step,
+        "grad_accum_dtype": (deepspeed.get("data_types") or {}).get("grad_accum_dtype"),
+        "bf16_optimizer_states": bool((deepspeed.get("bf16") or {}).get("bf16_optimizer_states")),
+    }
 
 
-def check_resume(state: TrainerState, *, options: dict, manifest_hash: str, fingerprint: str) -> None:
-    """Raise one UserError that names everything in which the checkpoint and this run differ."""
-    problems = []
+def check_resume(
+    state: TrainerState, *, options: dict, manifest_hash: str, fingerprint: str, allowed: tuple[str, ...] = ()
+) -> list[str]:
+    """Raise one UserError that names everything in which the checkpoint and this run differ, but for what is `allowed`
+    (--allow_changed; another model never is). Returns a sentence for each difference that was allowed."""
+    problems, let_through = [], []
     if state.model_fingerprint != fingerprint:
         problems.append("the checkpoint is of another model (its config.json differs from this run's)")
+    differences = []
     if state.manifest_hash != manifest_hash:
-        problems.append(
+        text = (
             f"the checkpoint was trained on another data set (manifest {state.manifest_hash[:12]}, "
             f"now {manifest_hash[:12]}); give the --data_dir it was started with"
         )
+        differences.append(("data_dir", text))
     for name, value in options.items():
         if name in state.options and state.options[name] != value:
-            problems.append(f"{name}: the checkpoint has {state.options[name]!r}, this run {value!r}")
+            differences.append((name, f"{name}: the checkpoint has {state.options[name]!r}, this run {value!r}"))
+    for name, text in differences:
+        if name in allowed:
+            let_through.append(f"{text}: allowed by --allow_changed {name}")
+        else:
+            problems.append(f"{text} (or allow it: --allow_changed {name})")
     if problems:
         raise UserError("\n".join(f"resume_from_checkpoint: {problem}" for problem in problems))
+    return let_through
 
 
 def load_checkpoint(engine, fp32, path: Path, state: TrainerState, *, log) -> None:
@@ -285,6 +470,10 @@ def load_checkpoint(engine, fp32, path: Path, state: TrainerState, *, log) -> No
     import torch.distributed as dist
     from safetensors.torch import load_file
 
+    from shard_files import ShardFiles, check_pickles
+
+    check_pickles(path, key="resume_from_checkpoint")
+    engine.checkpoint_engine = ShardFiles()  # its load refuses pickles that name anything else
     # DeepSpeed's universal load gives every parameter group the first one's values
     weight_decays = [group["weight_decay"] for group in engine.optimizer.param_groups]
     universal = path.with_name(f"{TEMPORARY}universal-{path.name}")
@@ -346,6 +535,9 @@ def export(checkpoint: Path, output: Path, *, tokenizer: str | None = None) -> N
         raise UserError(f"export: {checkpoint} cannot be exported: {reason}")
     if output.exists():
         raise UserError(f"export: {output} exists already; give a new folder")
+    from shard_files import check_pickles
+
+    check_pickles(checkpoint, key="export")
     state = read_state(checkpoint)
     working = output.with_name(TEMPORARY + output.name)
     shutil.rmtree(working, ignore_errors=True)
@@ -358,7 +550,7 @@ def export(checkpoint: Path, output: Path, *, tokenizer: str | None = None) -> N
     for file in working.iterdir():
         _fsynced_record(file)
     os.rename(working, output)
-    _fsync_folder(output.parent)
+    fsync_folder(output.parent)
     say(f"{output}: {human_count(count)} parameters of step {state.step}, tokenizer: {copied}")
 
 

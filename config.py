@@ -33,6 +33,15 @@ import config_files
 
 DEFAULT_CURRICULUM = "0:1048576,2500:1310720,5000:1572864,7500:1835008,10000:2097152"
 HUB_MODEL = "moonshotai/Kimi-Linear-48B-A3B-Base"
+# Options that decide what is computed: a resumed run must have the same, or name the change in allow_changed
+MATHEMATICS = (
+    "curriculum learning_rate warmup_steps lr_scheduler_type num_train_steps weight_decay adam_beta1 adam_beta2 "
+    "adam_epsilon max_grad_norm seed bf16 trainable document_mask spike_factor loss_spike_factor"
+).split()
+# What a checkpoint knows under another name than an option's: the sequences of a step (batch x accumulation x processes,
+# per stage), the data, and what the DeepSpeed JSON decides
+ALLOWABLE = (*MATHEMATICS, "sequences_per_step", "data_dir", "grad_accum_dtype", "bf16_optimizer_states")
+REPEATABLE = ("data_dir", "allow_changed")  # may be given several times, or as a list in YAML
 
 
 class UserError(Exception):
@@ -112,6 +121,16 @@ class TrainConfig:
     adam_beta2: float = option(0.95, "AdamW beta2")
     adam_epsilon: float = option(1e-8, "AdamW epsilon")
     max_grad_norm: float = option(1.0, "clip gradients to this global norm; 0 means no clipping")
+    spike_factor: float = option(
+        10.0,
+        "drop a step on all ranks, before the update, whose gradient norm is more than this many times the median of the "
+        "last 64 accepted ones (after 16); 0: off. Clipping tames the usual two- to fivefold; tenfold is damaged data",
+    )
+    loss_spike_factor: float = option(
+        2.0,
+        "the same for the loss; a trained model's loss varies by some ten percent between sequences of this length, twice "
+        "the median is text that it knows nothing of; 0: off",
+    )
     seed: int = option(1234, "order of the data and random initialisation")
     # --- precision, memory, kernels
     bf16: bool = option(True, "bfloat16 weights and activations with fp32 master weights; --no-bf16 means fp32")
@@ -149,6 +168,24 @@ class TrainConfig:
     save_steps: int = option(500, "checkpoint every N steps; the last step is always saved")
     save_total_limit: int = option(3, "keep the newest N checkpoints; 0 keeps all")
     resume_from_checkpoint: str | None = option(None, "a checkpoint folder, or 'latest' for the newest in output_dir")
+    allow_changed: str | None = option(
+        None,
+        "resume although this option differs from the checkpoint's (repeatable or a,b,c); 'data_dir' for another data set, "
+        "'sequences_per_step' for another batch, accumulation or number of sequences",
+    )
+    replay_step: int | None = option(
+        None,
+        "with --resume_from_checkpoint: run forward and backward of this step (counted from 0) alone, print losses, "
+        "gradients and where its data lies, update and save nothing",
+    )
+    background_save: bool = option(
+        True, "write a checkpoint while the next step computes; --no-background_save waits for it"
+    )
+    hang_timeout_minutes: float = option(
+        0.0,
+        "end the run on all ranks (exit code 4) when a training phase takes longer than this; 0: derived from the "
+        "planner's step time (10x and 10 minutes; half an hour where no speed is known)",
+    )
     stop_after_steps: int | None = option(None, "checkpoint and exit once this many steps of the schedule are done")
     wandb_project: str | None = option(None, "log to this W&B project")
     wandb_run_name: str | None = option(None, "name of the W&B run")
@@ -159,6 +196,10 @@ class TrainConfig:
     @property
     def stages(self) -> tuple[Stage, ...]:
         return parse_curriculum(self.curriculum)
+
+    @property
+    def allowed_changes(self) -> tuple[str, ...]:
+        return tuple(name.strip() for name in (self.allow_changed or "").split(",") if name.strip())
 
 
 FIELDS = {f.name: f for f in dataclasses.fields(TrainConfig)}
@@ -176,7 +217,7 @@ def _plain_type(name: str) -> tuple[type, bool]:
 def _coerce(name: str, value, source: str, problems: list[str]):
     """`value` as the field's type. YAML reads 1e-5 as a string, so numbers in strings are accepted; bools are not."""
     kind, optional = _plain_type(name)
-    if name == "data_dir" and isinstance(value, list) and all(isinstance(part, str) for part in value):
+    if name in REPEATABLE and isinstance(value, list) and all(isinstance(part, str) for part in value):
         value = ",".join(value)
     if value is None and optional:
         return None
@@ -218,7 +259,7 @@ def build_parser() -> argparse.ArgumentParser:
         spec: dict = {"default": argparse.SUPPRESS, "dest": name}
         # '%' is argparse's own formatting character
         spec["help"] = f"{f.metadata['help']} (default: {f.default})".replace("%", "%%")
-        if name == "data_dir":  # may be given several times: FOLDER@WEIGHT each
+        if name in REPEATABLE:
             parser.add_argument(f"--{name}", metavar="STR", action="append", **spec)
         elif kind is bool:
             parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, **spec)
@@ -352,11 +393,31 @@ def check(config: TrainConfig) -> list[str]:
         value = getattr(config, name)
         if value is not None and value <= 0:
             problems.append(f"{name}: {value} must be greater than 0")
-    for name in ("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "save_total_limit", "adam_epsilon"):
+    for name in (
+        "learning_rate",
+        "warmup_steps",
+        "weight_decay",
+        "max_grad_norm",
+        "save_total_limit",
+        "adam_epsilon",
+        "hang_timeout_minutes",
+        "spike_factor",
+        "loss_spike_factor",
+    ):
         if getattr(config, name) < 0:
             problems.append(f"{name}: {getattr(config, name)} must not be negative")
     if config.document_mask and config.engine == "reference":
         problems.append("document_mask: needs --engine tiled; the reference forward has no document borders")
+    for name in config.allowed_changes:
+        if name not in ALLOWABLE:
+            problems.append(unknown_key(name, ALLOWABLE, "allow_changed"))
+    if config.replay_step is not None:
+        if not config.resume_from_checkpoint:
+            problems.append("replay_step: needs --resume_from_checkpoint, whose weights the step is run on")
+        if not 0 <= config.replay_step < config.num_train_steps:
+            problems.append(
+                f"replay_step: {config.replay_step} must be in [0, num_train_steps={config.num_train_steps})"
+            )
     for name in ("adam_beta1", "adam_beta2"):
         if not 0 <= getattr(config, name) < 1:
             problems.append(f"{name}: {getattr(config, name)} must be in [0, 1)")
@@ -458,12 +519,18 @@ def world_size_of(config: TrainConfig, environ=os.environ) -> int | None:
 
 
 def run_main(main) -> None:
-    """Run a script's main: a UserError becomes its sentence on stderr and exit code 2, nothing else is hidden."""
+    """Run a script's main: a UserError becomes its sentence on stderr and exit code 2, nothing else is hidden.
+
+    Before the process group exists every rank makes the same mistake and rank 0 speaks; later a rank may be alone with it.
+    """
     try:
         code = main()
     except UserError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        rank, torch = int(os.environ.get("RANK", 0)), sys.modules.get("torch")
+        started = torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
+        if rank == 0 or started:
+            label = f"error: rank {rank}: " if rank else "error: "
+            print("\n".join(label + line for line in str(error).splitlines()), file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -12,14 +12,17 @@ is resumed if asked for, then one optimizer step after another. Everything that 
 (config, data, step): tokens, learning rate, random seed. So resuming needs the weights, the moments and the step.
 
 Exit codes: 0 done or stopped by SIGTERM/Ctrl-C with a checkpoint, 2 a mistake in the input, 3 five steps in a row with a
-non-finite loss or gradient (checkpoint written).
+non-finite loss or gradient or a spike of one (checkpoint written), 4 a rank died or hung (watchdog.py: all ranks end, the reason and every
+rank's stacks are in output_dir; the last checkpoint stands).
 
 Symbols: B sequences per micro-step and rank, T tokens of the stage.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import datetime
 import itertools
 import json
 import math
@@ -31,8 +34,10 @@ from pathlib import Path
 
 import data_loader
 import memory_utils
+import watchdog
 from config import HUB_MODEL, TrainConfig, UserError, cross_check, load_config, read_json, run_main, world_size_of
 from run_log import RunLog, git_commit, human_count, human_time, say, versions
+from step_guard import StepGuard
 
 MAX_SKIPS_IN_A_ROW = 5
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "fla-core", "flash-attn-4", "triton", "numpy", "wandb")
@@ -84,7 +89,7 @@ def main() -> int:
     model_config = kimi_model.read_model_config(config)
     check_data(dataset, config, model_config)
     check_disk(config, shape)
-    resume = find_resume(config, dataset, schedule, model_config)
+    resume = find_resume(config, dataset, schedule, model_config, deepspeed_json)
     return train(config, deepspeed_json, dataset, schedule, shape, plan, model_config, resume)
 
 
@@ -190,7 +195,14 @@ def check_disk(config: TrainConfig, shape) -> None:
         raise UserError(f"{problem}, or start anyway with --force")
 
 
-def find_resume(config: TrainConfig, dataset, schedule, model_config):
+def run_options(config: TrainConfig, schedule, deepspeed_json: str) -> dict:
+    """Everything of this run that a checkpoint must agree with, by name."""
+    import checkpointing
+
+    return checkpointing.options_of(config, schedule.sequences_per_step, read_json(deepspeed_json))
+
+
+def find_resume(config: TrainConfig, dataset, schedule, model_config, deepspeed_json: str):
     """(folder, TrainerState) to resume from, or None; refuses a checkpoint of another model, data set or mathematics."""
     import checkpointing
 
@@ -198,16 +210,56 @@ def find_resume(config: TrainConfig, dataset, schedule, model_config):
         return None
     path = checkpointing.find_checkpoint(config.resume_from_checkpoint, config.output_dir, say=say)
     if path is None:
+        if config.replay_step is not None:
+            raise UserError(f"replay_step: there is no checkpoint in {config.output_dir} to run it on")
         say(f"resume_from_checkpoint: no checkpoint in {config.output_dir} yet, starting at step 0")
         return None
     state = checkpointing.read_state(path)
-    checkpointing.check_resume(
+    allowed = checkpointing.check_resume(
         state,
-        options=checkpointing.options_of(config, schedule.sequences_per_step),
+        options=run_options(config, schedule, deepspeed_json),
         manifest_hash=dataset.manifest_hash,
         fingerprint=checkpointing.model_fingerprint(model_config),
+        allowed=config.allowed_changes,
     )
+    for sentence in allowed:
+        say(f"WARNING: resume: {sentence}")
+    if state.step > config.num_train_steps:
+        raise UserError(
+            f"resume_from_checkpoint: {path} is at step {state.step}, beyond num_train_steps {config.num_train_steps}"
+        )
+    if allowed and state.step < config.num_train_steps:
+        position = schedule.step(state.step).start_token
+        if position != state.tokens_seen:
+            say(
+                f"WARNING: resume: the next step reads from stream token {position:,}, the checkpoint has seen "
+                f"{state.tokens_seen:,}: tokens between are {'skipped' if position > state.tokens_seen else 'read again'}"
+            )
     return path, state
+
+
+def verify_resume(config: TrainConfig, dataset, schedule, model_config, deepspeed_json: str, resume, log: RunLog):
+    """Compare every byte of the checkpoint with its checksum, shared out over the ranks; 'latest' falls back to an older one.
+
+    Rank 0 moves a damaged one that 'latest' found aside, so that neither this run nor a restart takes it again.
+    """
+    from torch.distributed import barrier
+
+    import checkpointing
+
+    while resume:
+        path, _ = resume
+        reason = checkpointing.verified_by_all_ranks(path)
+        if reason is None:
+            return resume
+        if config.resume_from_checkpoint != "latest":
+            raise UserError(f"resume_from_checkpoint: {path} is damaged: {reason}; use 'latest' or another folder")
+        log.warn(f"{path} is damaged: {reason}; it is renamed to damaged-{path.name}")
+        if log.is_main:
+            path.rename(path.with_name(f"damaged-{path.name}"))
+        barrier()
+        resume = find_resume(config, dataset, schedule, model_config, deepspeed_json)
+    raise UserError(f"resume_from_checkpoint: every checkpoint in {config.output_dir} was damaged; see the lines above")
 
 
 # ---------------------------------------------------------------------------------------------- start-up
@@ -231,8 +283,11 @@ def resolve_deepspeed(path: str, config: TrainConfig) -> dict:
     return ds
 
 
-def start_accelerator(config: TrainConfig, deepspeed_json: str):
-    """Accelerate with DeepSpeed ZeRO-3 on GPUs (nccl) or, without any, on CPU processes (gloo)."""
+def start_accelerator(config: TrainConfig, deepspeed_json: str, *, collective_timeout_s: float):
+    """Accelerate with DeepSpeed ZeRO-3 on GPUs (nccl) or, without any, on CPU processes (gloo).
+
+    `collective_timeout_s`: Accelerate's own 10 minutes are shorter than the wait for a rank that compiles its kernels.
+    """
     import torch
     from accelerate import Accelerator, DeepSpeedPlugin
     from accelerate.utils import InitProcessGroupKwargs
@@ -240,10 +295,9 @@ def start_accelerator(config: TrainConfig, deepspeed_json: str):
     # Accelerate reads the JSON's path from the environment too and would keep its 'auto's; the plugin has them filled in
     os.environ.pop("ACCELERATE_DEEPSPEED_CONFIG_FILE", None)
     plugin = DeepSpeedPlugin(hf_ds_config=resolve_deepspeed(deepspeed_json, config), zero3_init_flag=True)
-    handlers = []
-    if not torch.cuda.is_available():
-        # Without this Accelerate has no DeepSpeed-on-CPU path: every process would believe it is rank 0 of 1
-        handlers.append(InitProcessGroupKwargs(backend="gloo"))
+    # Without gloo Accelerate has no DeepSpeed-on-CPU path: every process would believe it is rank 0 of 1
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    handlers = [InitProcessGroupKwargs(backend=backend, timeout=datetime.timedelta(seconds=collective_timeout_s))]
     # torch deprecated the collectives that DeepSpeed calls; a line per call and rank would bury the log
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     return Accelerator(
@@ -251,6 +305,31 @@ def start_accelerator(config: TrainConfig, deepspeed_json: str):
         mixed_precision="bf16" if config.bf16 else "no",
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         kwargs_handlers=handlers,
+    )
+
+
+def phase_limits(config: TrainConfig, plan, checkpoint_bytes: int) -> watchdog.Limits:
+    """How long a phase may take before the run counts as hung: from the planner's slowest micro-step."""
+    predicted = [stage.step_seconds / stage.micro_steps for stage in plan.stages if stage.step_seconds]
+    return watchdog.derive_limits(
+        micro_step_seconds=max(predicted, default=None),
+        checkpoint_bytes=checkpoint_bytes,
+        hang_timeout_s=60 * config.hang_timeout_minutes,
+    )
+
+
+def start_watchdog(config: TrainConfig, limits: watchdog.Limits, accelerator) -> watchdog.Watchdog:
+    """This rank's watchdog, under a name that rank 0 gives to this start of the run."""
+    from torch.distributed import broadcast_object_list
+
+    name = [f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"]
+    broadcast_object_list(name, src=0)
+    return watchdog.Watchdog(
+        config.output_dir,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        name=name[0],
+        limits=limits,
     )
 
 
@@ -361,26 +440,73 @@ def install_engine(model, config: TrainConfig, plan, dataset, log: RunLog) -> No
 
 
 def train(config: TrainConfig, deepspeed_json: str, dataset, schedule, shape, plan, model_config, resume) -> int:
-    import torch
-
+    """Processes, watchdog, log; then the model, then the loop. Returns the exit code."""
     import checkpointing
-    import kimi_model
 
-    # --- processes, log
-    accelerator = start_accelerator(config, deepspeed_json)
+    trained = shape.trained_parameters(config.trainable)
+    needed = checkpointing.expected_bytes(trained, shape.total_parameters - trained)
+    limits = phase_limits(config, plan, needed)
+    accelerator = start_accelerator(config, deepspeed_json, collective_timeout_s=limits.collective_s)
     rank, device = accelerator.process_index, accelerator.device
     cap_gpu_memory(config, device)
     log = RunLog(config.output_dir, rank=rank)
-    write_header(log, config, accelerator, model_config, dataset)
-    fingerprint = checkpointing.model_fingerprint(model_config)
-    options = checkpointing.options_of(config, schedule.sequences_per_step)
-    progress = Progress()
-    if resume:
-        _, state = resume
-        progress = Progress(state.step, state.tokens_seen, state.skipped_in_a_row, state.skipped_total)
+    with start_watchdog(config, limits, accelerator) as watch:
+        write_header(log, config, accelerator, model_config, dataset)
+        if resume:
+            resume = verify_resume(config, dataset, schedule, model_config, deepspeed_json, resume, log)
+        engine, fp32 = build(config, deepspeed_json, dataset, plan, model_config, accelerator, resume, log)
+        loader = data_loader.WindowLoader(dataset, schedule, seed=config.seed, rank=rank)
+        progress = Progress()
+        guard = StepGuard(norm_factor=config.spike_factor, loss_factor=config.loss_spike_factor)
+        if resume:
+            path, state = resume
+            progress = Progress(state.step, state.tokens_seen, state.skipped_in_a_row, state.skipped_total)
+            guard.losses.extend(state.recent_losses)
+            guard.norms.extend(state.recent_norms)
+            log.line(f"resumed from {path}: step {progress.step}, {human_count(progress.tokens_seen)} tokens seen")
+        if config.replay_step is not None:
+            from replay import replay_step
 
-    # --- model, optimizer
-    started = time.perf_counter()
+            replay_step(
+                engine, fp32, loader, schedule, config.replay_step, seed=config.seed, enter=watch.enter, log=log
+            )
+            exit_code = 0
+        else:
+            guard.install(engine.optimizer)
+            saver = checkpointing.Saver(engine, fp32, config=config, model_config=model_config, needed=needed, log=log)
+            facts = {
+                "world_size": accelerator.num_processes,
+                "manifest_hash": dataset.manifest_hash,
+                "model_fingerprint": checkpointing.model_fingerprint(model_config),
+                "model": config.model_config or config.model_name_or_path,
+                "tokenizer": dataset.manifest.tokenizer_name,
+                "options": run_options(config, schedule, deepspeed_json),
+                "versions": versions(PACKAGES),
+            }
+            log.start_wandb(
+                project=config.wandb_project,
+                name=config.wandb_run_name,
+                mode=config.wandb_mode,
+                config=dataclasses.asdict(config),
+            )
+            log.line(f"stop: 'kill -TERM {os.getpid()}' or Ctrl-C ends the run after its micro-step, with a checkpoint")
+            end = min(config.num_train_steps, config.stop_after_steps or config.num_train_steps)
+            meter = Meter(shape, config.trainable, schedule, device, accelerator.num_processes, end)
+            run = Run(watch, meter.profiler, StopSignal(device), saver, guard)
+            exit_code = loop(engine, fp32, loader, schedule, config, plan, progress, meter, run, facts, log)
+        loader.close()
+        watch.enter("end")
+        log.close()
+        accelerator.end_training()
+    return exit_code
+
+
+def build(config: TrainConfig, deepspeed_json: str, dataset, plan, model_config, accelerator, resume, log: RunLog):
+    """(DeepSpeed engine, optimizer of the fp32 parameters), with a checkpoint's state if there is one to resume from."""
+    import checkpointing
+    import kimi_model
+
+    started, device = time.perf_counter(), accelerator.device
     model = kimi_model.load_model(config, model_config, device=device)
     source = None if config.model_config else config.model_name_or_path
     fp32_leaves, fp32_buffers = kimi_model.take_fp32(model, checkpoint=source, device=device)
@@ -392,87 +518,75 @@ def train(config: TrainConfig, deepspeed_json: str, dataset, schedule, shape, pl
     fp32 = kimi_model.Fp32Optimizer(fp32_leaves, fp32_buffers, config)
     if resume:
         checkpointing.load_checkpoint(engine, fp32, *resume, log=log)
-        log.line(f"resumed from {resume[0]}: step {progress.step}, {human_count(progress.tokens_seen)} tokens seen")
     log.line(f"model and optimizer ready in {time.perf_counter() - started:.1f} s")
-    log.start_wandb(
-        project=config.wandb_project,
-        name=config.wandb_run_name,
-        mode=config.wandb_mode,
-        config=dataclasses.asdict(config),
-    )
+    return engine, fp32
 
-    log.line(f"stop: 'kill -TERM {os.getpid()}' or Ctrl-C ends the run after its micro-step, with a checkpoint")
 
-    # --- the loop
-    loader = data_loader.WindowLoader(dataset, schedule, seed=config.seed, rank=rank)
-    stop = StopSignal(device)
-    end = min(config.num_train_steps, config.stop_after_steps or config.num_train_steps)
+def loop(engine, fp32, loader, schedule, config: TrainConfig, plan, progress, meter, run, facts: dict, log) -> int:
+    """Optimizer steps from `progress.step` on, with checkpoints. Returns the exit code."""
+    import torch
 
-    trained = shape.trained_parameters(config.trainable)
-    needed = checkpointing.expected_bytes(trained, shape.total_parameters - trained)
+    import checkpointing
 
-    def save():
-        state = checkpointing.TrainerState(
+    def state():
+        return checkpointing.TrainerState(
             step=progress.step,
             tokens_seen=progress.tokens_seen,
             stage=schedule.step(max(0, progress.step - 1)).stage_index,
             skipped_in_a_row=progress.skipped_in_a_row,
             skipped_total=progress.skipped_total,
-            world_size=accelerator.num_processes,
-            manifest_hash=dataset.manifest_hash,
-            model_fingerprint=fingerprint,
-            model=config.model_config or config.model_name_or_path,
-            tokenizer=dataset.manifest.tokenizer_name,
-            options=options,
-            versions=versions(PACKAGES),
+            recent_losses=list(run.guard.losses),
+            recent_norms=list(run.guard.norms),
+            **facts,
         )
-        with profiler.phase("save"):
-            checkpointing.save_checkpoint(
-                engine, fp32, state, config=config, model_config=model_config, needed=needed, log=log
-            )
 
-    meter = Meter(shape, config.trainable, schedule, device, accelerator.num_processes, end)
-    profiler = meter.profiler
-    saved_at = progress.step if resume else None
+    saved_at = progress.step if progress.step else None
     exit_code = 0
-    while progress.step < end and not stop.requested:
+    while progress.step < meter.end and not run.stop.requested:
         step_plan = schedule.step(progress.step)
         if meter.stage not in (None, step_plan.stage_index):
             log.line(meter.predicted_beside_measured(plan))
         torch.manual_seed(config.seed + progress.step)
         learning_rate = learning_rate_at(progress.step, config)
+        run.begin(progress.step, first_of_length=meter.stage != step_plan.stage_index)
         meter.start()
-        result = train_step(engine, fp32, loader, step_plan, learning_rate, config, stop, profiler)
+        result = train_step(engine, fp32, loader, step_plan, learning_rate, config, run)
         if result is None:  # stopped inside the step: its gradients are dropped, the resumed run does it again
             break
-        progress.advance(step_plan, skipped=result.skipped)
+        progress.advance(step_plan, skipped=bool(result.skipped))
         record = meter.finish(step_plan, result, learning_rate)
         log.metrics({**record, "tokens_seen": progress.tokens_seen})
         if result.skipped:
             log.warn(
-                f"step {step_plan.step} skipped on all ranks: loss {result.loss}, gradient norm {result.grad_norm} "
-                f"(stream tokens {step_plan.start_token} to {step_plan.start_token + step_plan.tokens}); "
-                f"{progress.skipped_in_a_row} in a row"
+                f"step {step_plan.step} skipped on all ranks ({result.skipped}): loss {result.loss}, gradient norm "
+                f"{result.grad_norm} (stream tokens {step_plan.start_token} to "
+                f"{step_plan.start_token + step_plan.tokens}); {progress.skipped_in_a_row} in a row; look at it with "
+                f"--resume_from_checkpoint latest --replay_step {step_plan.step}"
             )
-        if progress.step % config.logging_steps == 0 or progress.step == end:
+        if progress.step % config.logging_steps == 0 or progress.step == meter.end:
             log.line(meter.text(record))
         if progress.skipped_in_a_row >= MAX_SKIPS_IN_A_ROW:
-            log.warn(f"{MAX_SKIPS_IN_A_ROW} steps in a row had a non-finite loss or gradient: checkpoint, then exit 3")
+            log.warn(
+                f"{MAX_SKIPS_IN_A_ROW} steps in a row had a non-finite loss or gradient, or a spike: checkpoint, then exit 3"
+            )
             exit_code = 3
             break
-        if progress.step % config.save_steps == 0:
-            save()
+        if progress.step % config.save_steps == 0 and progress.step < meter.end:
+            with run.phase("save"):
+                run.saver.start(state())
+                if not config.background_save:
+                    run.saver.finish()
             saved_at = progress.step
     if meter.stage is not None:
         log.line(meter.predicted_beside_measured(plan))
-    if stop.requested:
-        log.line(f"stopped by {stop.name} after step {progress.step}; resume with --resume_from_checkpoint latest")
-    if saved_at != progress.step:
-        save()
-    loader.close()
+    if run.stop.requested:
+        log.line(f"stopped by {run.stop.name} after step {progress.step}; resume with --resume_from_checkpoint latest")
+    with run.phase("save"):
+        run.saver.finish()
+        if saved_at != progress.step:
+            run.saver.save(state())
+        run.saver.close()
     log.line(f"done: {progress.step} of {config.num_train_steps} steps, {human_count(progress.tokens_seen)} tokens")
-    log.close()
-    accelerator.end_training()
     return exit_code
 
 
@@ -496,7 +610,7 @@ class Progress:
 class StepResult:
     loss: float
     grad_norm: float
-    skipped: bool
+    skipped: str | None  # why the step changed nothing, or None
 
 
 class StopSignal:
@@ -510,23 +624,61 @@ class StopSignal:
     def _remember(self, number, frame) -> None:
         self._local, self.name = True, signal.Signals(number).name
 
-    def agree(self) -> bool:
-        """Whether any rank was asked to stop; every rank calls it once a micro-step."""
+    def agree(self, *, writing: bool) -> tuple[bool, bool]:
+        """(any rank was asked to stop, any rank is still `writing`); every rank calls it once a micro-step."""
         import torch
 
-        flag = torch.tensor([float(self._local)], device=self.device)
-        torch.distributed.all_reduce(flag)
-        self.requested = bool(flag.item())
-        return self.requested
+        flags = torch.tensor([float(self._local), float(writing)], device=self.device)
+        torch.distributed.all_reduce(flags)
+        stop, any_writing = (bool(flag) for flag in flags.tolist())
+        self.requested = stop
+        return stop, any_writing
+
+
+@dataclasses.dataclass
+class Run:
+    """What watches over a step: who must know its phase, what may stop it, what is being saved meanwhile."""
+
+    watch: watchdog.Watchdog
+    profiler: memory_utils.PhaseProfiler
+    stop: StopSignal
+    saver: object
+    guard: StepGuard
+    step: int = 0
+    first_of_length: bool = False
+
+    def begin(self, step: int, *, first_of_length: bool) -> None:
+        self.step, self.first_of_length = step, first_of_length
+
+    def enter(self, phase: str, micro_step: int | None = None) -> None:
+        self.watch.enter(phase, step=self.step, micro_step=micro_step, first=self.first_of_length)
+
+    @contextlib.contextmanager
+    def phase(self, name: str, micro_step: int | None = None):
+        self.enter(name, micro_step)
+        with self.profiler.phase(name):
+            yield
+
+    def between_micro_steps(self) -> bool:
+        """Complete a checkpoint that all ranks have written by now. Whether the run is to stop."""
+        stop, any_writing = self.stop.agree(writing=self.saver.writing)
+        if self.saver.active and not any_writing:
+            self.finish_save()
+        return stop
+
+    def finish_save(self) -> None:
+        if self.saver.active:
+            with self.phase("save"):
+                self.saver.finish()
 
 
 def train_step(
-    engine, fp32, loader, step_plan, learning_rate: float, config: TrainConfig, stop, profiler
+    engine, fp32, loader, step_plan, learning_rate: float, config: TrainConfig, run: Run
 ) -> StepResult | None:
     """One optimizer step over `step_plan.accumulation_steps` micro-steps; None if a stop was asked for inside it.
 
     The loss of a step is the mean over its sequences on all ranks. A non-finite gradient anywhere makes the global norm
-    non-finite on every rank, and DeepSpeed drops the step; a non-finite loss is made to do the same.
+    non-finite on every rank, and DeepSpeed drops the step; a non-finite loss and a spike are made to do the same.
     """
     import torch
 
@@ -534,32 +686,34 @@ def train_step(
     fp32.zero_grad()
     loss_sum = torch.zeros((), device=device)
     for micro_step in range(step_plan.accumulation_steps):
+        run.enter("data", micro_step)
         input_ids = torch.from_numpy(loader.micro_batch(step_plan.step, micro_step)).to(device)
         # Told before the forward, since ZeRO-3 copies gradients to the host only at the boundary
         engine.set_gradient_accumulation_boundary(micro_step == step_plan.accumulation_steps - 1)
-        with profiler.phase("forward"):
+        with run.phase("forward", micro_step):
             loss = engine(input_ids=input_ids, labels=input_ids, use_cache=False).loss / step_plan.accumulation_steps
         loss_sum += loss.detach()
         if not torch.isfinite(loss):
             loss = loss * float("nan")
-        with profiler.phase("backward"):
+        with run.phase("backward", micro_step):
             engine.backward(loss, scale_wrt_gas=False)
-        if stop.agree():
+        if run.between_micro_steps():
             return None
+    run.finish_save()  # the update below changes what is being written
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
-    fp32.reduce_gradients()
-    with profiler.phase("optimizer"):
+    with run.phase("optimizer"):
+        fp32.reduce_gradients()
+        torch.distributed.all_reduce(loss_sum)
+        run.guard.loss = (loss_sum / torch.distributed.get_world_size()).item()
         engine.step()
-    torch.distributed.all_reduce(loss_sum)
-    loss = (loss_sum / torch.distributed.get_world_size()).item()
-    skipped = bool(engine.optimizer.overflow)
-    grad_norm = float(engine.get_global_grad_norm())
-    if not skipped:
-        clip = config.max_grad_norm
-        factor = min(1.0, clip / (grad_norm + 1e-6)) if clip > 0 else 1.0
-        fp32.step(lr=learning_rate, clip_factor=factor)
-    return StepResult(loss, grad_norm, skipped)
+        skipped = run.guard.reason if engine.optimizer.overflow else None
+        if not skipped:
+            clip = config.max_grad_norm
+            factor = min(1.0, clip / (run.guard.norm + 1e-6)) if clip > 0 else 1.0
+            fp32.step(lr=learning_rate, clip_factor=factor)
+            run.guard.accept()
+    return StepResult(run.guard.loss, run.guard.norm, skipped)
 
 
 class Meter:
@@ -613,7 +767,9 @@ class Meter:
             "sequences": step_plan.sequences,
             "loss": result.loss,
             "grad_norm": result.grad_norm,
-            "skipped": result.skipped,
+            "skipped": bool(result.skipped),
+            "skip_reason": result.skipped,
+            "start_token": step_plan.start_token,
             "learning_rate": learning_rate,
             "seconds": seconds,
             "tokens_per_second": step_plan.tokens / seconds,
