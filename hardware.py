@@ -88,6 +88,7 @@ class KernelRates:
     experts_both: float
     head: float
     pcie_bytes: float
+    pageable_bytes: float
 
 
 # One H100 80GB HBM3, torch 2.11, fla-core 0.6.0, flash-attn-4 4.0.0b36; the table in DESIGN.md and benchmarks/results
@@ -106,8 +107,14 @@ RATES = {
         experts_both=601e12,
         head=656e12,
         pcie_bytes=55e9,
+        # 2.35 B parameters' gradients in 2.5 s of a 64K step's backward: benchmarks/results/engine_2m_h100.json, step 2
+        pageable_bytes=7.4e9,
     )
 }
+
+# CPU Adam with its clipping and the copy to bf16, by memory traffic: 42 bytes a parameter, 2.35 B parameters in 0.93 and
+# 1.09 s on 16 cores of an H100 machine (benchmarks/results/engine_2m_h100.json, steps 2 and 3)
+ADAM_BYTES_PER_S = 100e9
 
 
 def attention_rates(rates: KernelRates, backend: str, tokens: int) -> tuple[float, float]:

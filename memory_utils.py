@@ -31,7 +31,7 @@ from pathlib import Path
 
 import engine_plan
 from config import HUB_MODEL, TrainConfig, UserError, load_config, read_json, read_yaml, run_main
-from hardware import RATES, Gpu, find_gpu, found_gpus, host_memory, sequence_seconds
+from hardware import ADAM_BYTES_PER_S, RATES, Gpu, find_gpu, found_gpus, host_memory, sequence_seconds
 from hardware import peak_flops as peak_flops
 from model_shape import KIMI_LINEAR_48B as KIMI_LINEAR_48B
 from model_shape import ModelShape, is_trained, model_flops_per_step
@@ -43,10 +43,6 @@ from zero3_memory import PASSING, Memory, PinnedPool, ZeroSettings, pinned_round
 GIB = 2**30
 
 # ---------------------------------------------------------------------------------------------- time
-
-# CPU Adam reads weight, gradient and moments and writes weight, moments and the bf16 copy. The host's bandwidth is an
-# assumption (a common two-socket server sustains more); at 2M tokens the term is 1 % of a step.
-HOST_BYTES_PER_S = 100e9
 
 
 def step_seconds(
@@ -75,11 +71,19 @@ def step_seconds(
     times = micro_steps * batch * rates.peak / gpu.bf16_flops
     seconds = {term: value * times for term, value in sequence.items()}
     owned, trained = shape.total_parameters, shape.trained_parameters(trainable)
-    # whole weights reach each GPU twice a micro-step; a rank's gradients are added up in host memory: read, written back
-    traffic = 2 * zero.weight_bytes * owned + 2 * zero.accumulation_bytes * trained / ranks
-    seconds["ZeRO-3 traffic"] = micro_steps * traffic / rates.pcie_bytes
-    adam = 3 * zero.master_bytes + 4 * zero.moment_bytes + zero.weight_bytes
-    seconds["CPU Adam"] = trained * adam / HOST_BYTES_PER_S
+    # whole weights reach each GPU twice a micro-step; ZeRO's flat block of them is pinned
+    if zero.weights_device != "none":
+        seconds["weights to the GPU"] = micro_steps * 2 * zero.weight_bytes * owned / rates.pcie_bytes
+    if zero.states_device != "none":
+        # a rank's share of each gradient is written to the accumulation buffer and read back every micro-step (added up on
+        # the GPU), and written once more for Adam at the last; nothing runs beside a copy from pageable memory
+        copies = micro_steps * 2 * zero.accumulation_bytes + zero.master_bytes
+        speed = rates.pcie_bytes if zero.pin_states else rates.pageable_bytes
+        seconds["gradients to the host"] = copies * trained / ranks / speed
+        # clipping reads and writes the gradient; Adam reads weight, gradient and moments, writes weight and moments; the
+        # new weight is read and written in bf16
+        adam = 2 * zero.master_bytes + (3 * zero.master_bytes + 4 * zero.moment_bytes) + zero.master_bytes
+        seconds["CPU Adam"] = trained * (adam + zero.weight_bytes) / ADAM_BYTES_PER_S
     return seconds
 
 
