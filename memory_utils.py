@@ -821,6 +821,8 @@ def draw(config: TrainConfig, shape: ModelShape, plan: Plan, path: str, **machin
 
 def _draw_bars(axis, lengths: list[int], bars: list[dict[str, int]], limit: int) -> None:
     """One bar a length; terms that are nowhere 1 % of a bar are drawn as one."""
+    from matplotlib import colormaps
+
     rows = []
     for terms in bars:
         row: Counter[str] = Counter()
@@ -832,10 +834,10 @@ def _draw_bars(axis, lengths: list[int], bars: list[dict[str, int]], limit: int)
     stacks = {name: [row[name] / GIB for row in rows] for name in names}
     stacks["everything else"] = [sum(size for n, size in row.items() if n not in names) / GIB for row in rows]
     base = [0.0] * len(rows)
+    colours = colormaps["tab20"].colors  # twenty that differ; the palest come last
     for number, (name, heights) in enumerate(stacks.items()):
-        axis.bar(
-            range(len(rows)), heights, bottom=base, label=name, color=f"C{number % 10}", alpha=1 - 0.45 * (number > 9)
-        )
+        colour = colours[(2 * number + 2 * number // 20) % 20]
+        axis.bar(range(len(rows)), heights, bottom=base, label=name, color=colour)
         base = [low + height for low, height in zip(base, heights, strict=True)]
     axis.axhline(limit / GIB, color="black", linestyle="--", label=f"limit, {limit / GIB:,.1f} GiB")
     axis.set_xticks(range(len(rows)), [f"{length:,}" for length in lengths], rotation=45, ha="right", fontsize=8)
