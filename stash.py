@@ -92,6 +92,8 @@ class Transfer:
 
     def to_host(self, host: torch.Tensor, tile: torch.Tensor):
         """Start copying; returns the event to wait for. The tile is kept alive until the copy is done."""
+        while self._pending and self._pending[0][0].query():  # let go of what has arrived
+            self._finish_oldest()
         self.down.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.down):
             host.copy_(tile, non_blocking=True)
