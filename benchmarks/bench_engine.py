@@ -118,19 +118,23 @@ def run(work: Path, out: Path, extra: list[str]) -> int:
     words, last = command(work, extra), json.loads((work / "run.json").read_text())["num_train_steps"]
     finished = re.compile(rf"^step +{last}/{last} .*?^memory of this rank", re.MULTILINE | re.DOTALL)
     samples: list[dict] = []
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with open(work / "stdout.txt", "w") as stdout:
         process = subprocess.Popen(words, stdout=stdout, stderr=subprocess.STDOUT, start_new_session=True)
     code = None
-    while code is None:
-        time.sleep(4)
-        samples.append(sample_gpu())
-        code = process.poll()
-        if code is None and finished.search((work / "stdout.txt").read_text()):
-            os.killpg(process.pid, signal.SIGKILL)  # before the checkpoint, which takes a minute
+    try:
+        while code is None:
+            time.sleep(4)
+            samples.append(sample_gpu())
+            code = process.poll()
+            if code is None and finished.search((work / "stdout.txt").read_text()):
+                code = 0  # before the checkpoint, which takes a minute
+            record = {"options": extra, "exit_code": code, **collect(work), "gpu": summary(samples)}
+            out.write_text(json.dumps(record, indent=1))
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            code = 0
-        record = {"options": extra, "exit_code": code, **collect(work), "gpu": summary(samples)}
-        out.write_text(json.dumps(record, indent=1))
     return code
 
 
