@@ -292,9 +292,15 @@ def start_accelerator(config: TrainConfig, deepspeed_json: str, *, collective_ti
     from accelerate import Accelerator, DeepSpeedPlugin
     from accelerate.utils import InitProcessGroupKwargs
 
+    from compiled_ops import load_cpu_ops
+
     # Accelerate reads the JSON's path from the environment too and would keep its 'auto's; the plugin has them filled in
     os.environ.pop("ACCELERATE_DEEPSPEED_CONFIG_FILE", None)
-    plugin = DeepSpeedPlugin(hf_ds_config=resolve_deepspeed(deepspeed_json, config), zero3_init_flag=True)
+    ds = resolve_deepspeed(deepspeed_json, config)
+    offload = ds["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
+    if offload or not torch.cuda.is_available():
+        load_cpu_ops(say)
+    plugin = DeepSpeedPlugin(hf_ds_config=ds, zero3_init_flag=True)
     # Without gloo Accelerate has no DeepSpeed-on-CPU path: every process would believe it is rank 0 of 1
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     handlers = [InitProcessGroupKwargs(backend=backend, timeout=datetime.timedelta(seconds=collective_timeout_s))]
@@ -360,14 +366,14 @@ def make_optimizer(model, config: TrainConfig, deepspeed_json: str, log: RunLog)
     if (zero.get("offload_optimizer") or {}).get("device", "none") != "none":
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-        log.line("optimizer: DeepSpeed CPU Adam (compiles its C++ op at first use: about a minute, then cached)")
+        log.line("optimizer: DeepSpeed CPU Adam")
         bf16_moments = (read_json(deepspeed_json).get("bf16") or {}).get("bf16_optimizer_states") is True
         return DeepSpeedCPUAdam(groups, adamw_mode=True, fp32_optimizer_states=not bf16_moments, **common)
     log.line("optimizer: torch AdamW")
     return torch.optim.AdamW(groups, **common)
 
 
-def write_header(log: RunLog, config: TrainConfig, accelerator, model_config, dataset) -> None:
+def write_header(log: RunLog, config: TrainConfig, deepspeed_json: str, accelerator, model_config, dataset) -> None:
     """The log begins with what is needed to read it as evidence: versions, hardware, source, every option."""
     import torch
 
@@ -390,8 +396,13 @@ def write_header(log: RunLog, config: TrainConfig, accelerator, model_config, da
     log.line(f"model: {config.model_config or config.model_name_or_path}\n{describe_layers(model_config)}")
     if log.is_main:
         path = Path(config.output_dir) / "resolved_config.json"
-        path.write_text(json.dumps(dataclasses.asdict(config), indent=1))
-        log.line(f"config: every resolved option in {path}")
+        resolved = {
+            "options": dataclasses.asdict(config),
+            "deepspeed": resolve_deepspeed(deepspeed_json, config),
+            "model": json.loads(model_config.to_json_string(use_diff=False)),
+        }
+        path.write_text(json.dumps(resolved, indent=1))
+        log.line(f"config: every resolved option, DeepSpeed's and the model's in {path}")
 
 
 def learning_rate_at(step: int, config: TrainConfig) -> float:
@@ -451,7 +462,7 @@ def train(config: TrainConfig, deepspeed_json: str, dataset, schedule, shape, pl
     cap_gpu_memory(config, device)
     log = RunLog(config.output_dir, rank=rank)
     with start_watchdog(config, limits, accelerator) as watch:
-        write_header(log, config, accelerator, model_config, dataset)
+        write_header(log, config, deepspeed_json, accelerator, model_config, dataset)
         if resume:
             resume = verify_resume(config, dataset, schedule, model_config, deepspeed_json, resume, log)
         engine, fp32 = build(config, deepspeed_json, dataset, plan, model_config, accelerator, resume, log)
