@@ -11,12 +11,12 @@ trainer. After a SIGKILL the dead rank's file still says what its main thread di
 
 `Forks`: a start through `accelerate launch` takes about 10 s here, 7 of them imports and the check of DeepSpeed's C++ op.
 One process that has done both forks the ranks and gives each the environment that a real launch was seen to give (asked of
-`accelerate launch` once). It has one thread when it forks (checked), no process group and no gloo yet; a rank ends as any
-Python process does. When a rank dies it does what torch's launcher does: SIGTERM to the others.
+`accelerate launch` once). It has one thread when it forks (checked), no process group and no gloo yet. When a rank dies it does what torch's launcher does: SIGTERM to the others.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
@@ -26,7 +26,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -93,6 +95,8 @@ class Run:
     codes: dict[int, int] = field(default_factory=dict)
     process: subprocess.Popen | None = None
     known: set[str] = field(default_factory=set)
+    first_end: float | None = None  # when the first rank had ended
+    after_first_s: float = 0.0  # and how long the others took after it
 
     def heartbeat(self, rank: int) -> dict | None:
         """What this start's `rank` last said of itself; None before its watchdog began."""
@@ -130,18 +134,21 @@ class Run:
                 time.sleep(0.01)
         return self.pids.get(rank)
 
-    def wait_for(self, wanted, *, rank: int, timeout_s: float = 90.0) -> bool:
-        """Poll until `wanted(heartbeat)` is true of the rank's heartbeat; False if the run ended first."""
+    def wait_until(self, seen, *, timeout_s: float = 90.0) -> bool:
+        """Poll until `seen()` is true; False if the run ended first."""
         deadline = time.monotonic() + timeout_s
         while not self.poll():
-            beat = self.heartbeat(rank)
-            if beat and wanted(beat):
+            if seen():
                 return True
             if time.monotonic() > deadline:
                 self.end()
-                raise Unexpected(f"waited {timeout_s:.0f} s in vain; last heartbeat {beat}; {self.said()[-1500:]}")
+                raise Unexpected(f"waited {timeout_s:.0f} s in vain; {self.said()[-1500:]}")
             time.sleep(POLL_S)
         return False
+
+    def wait_for(self, wanted, *, rank: int, timeout_s: float = 90.0) -> bool:
+        """Poll until `wanted(heartbeat)` is true of the rank's heartbeat; False if the run ended first."""
+        return self.wait_until(lambda: (beat := self.heartbeat(rank)) and wanted(beat), timeout_s=timeout_s)
 
     def send(self, rank: int, number: int) -> bool:
         """Send a signal to a rank; False if it was gone already."""
@@ -159,6 +166,8 @@ class Run:
         begun = time.monotonic()
         told = False
         while not self.poll():
+            if self.codes and self.first_end is None:
+                self.first_end = time.monotonic()
             if not self.process and not told and any(code != 0 for code in self.codes.values()):
                 time.sleep(0.1)  # torch's launcher looks as often
                 for rank in self.pids.keys() - self.codes.keys():
@@ -169,6 +178,7 @@ class Run:
                 self.end()
                 raise Unexpected(f"still running after {timeout_s:.0f} s; {self.said()[-1500:]}")
             time.sleep(0.005)
+        self.after_first_s = time.monotonic() - (self.first_end or time.monotonic())
         return time.monotonic() - begun
 
     def end(self) -> None:
@@ -257,12 +267,15 @@ class Forks:
         return {rank: json.loads(Path(f"{target}{rank}").read_text()) for rank in range(RANKS)}
 
     def start(self, output: Path, *extra: str, **options) -> Run:
+        return self.start_with(output, self.setup.options(output, *extra, **options))
+
+    def start_with(self, output: Path, words: list[str]) -> Run:
+        """Fork the ranks of a run with these options; stdout and stderr go to a file beside `output`."""
         threads = len(os.listdir("/proc/self/task"))
         if threads != 1:
             raise RuntimeError(f"{threads} threads in the forking process; a fork would lose their locks")
         log = output.with_name(f"{output.name}.log")
         run = Run(output, log, time.monotonic(), "forked", known=_known_heartbeats(output))
-        words = self.setup.options(output, *extra, **options)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -289,7 +302,19 @@ class Forks:
         import train_continual_2m
         from config import run_main
 
-        run_main(train_continual_2m.main)  # ends in sys.exit
+        code = 1
+        try:
+            run_main(train_continual_2m.main)
+        except SystemExit as end:
+            code = end.code
+        except BaseException:
+            traceback.print_exc()
+        # an interpreter's own end, without unwinding the campaign's stack that this process has a copy of
+        threading._shutdown()
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 # ---------------------------------------------------------------------------- what a run left behind
