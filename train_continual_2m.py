@@ -304,6 +304,8 @@ def start_accelerator(config: TrainConfig, deepspeed_json: str, *, collective_ti
     # Without gloo Accelerate has no DeepSpeed-on-CPU path: every process would believe it is rank 0 of 1
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     handlers = [InitProcessGroupKwargs(backend=backend, timeout=datetime.timedelta(seconds=collective_timeout_s))]
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
+        join_restarted_processes(backend, collective_timeout_s)
     # torch deprecated the collectives that DeepSpeed calls; a line per call and rank would bury the log
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     return Accelerator(
@@ -311,6 +313,30 @@ def start_accelerator(config: TrainConfig, deepspeed_json: str, *, collective_ti
         mixed_precision="bf16" if config.bf16 else "no",
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         kwargs_handlers=handlers,
+    )
+
+
+def join_restarted_processes(backend: str, timeout_s: float) -> None:
+    """The process group after `accelerate launch --max_restarts` has started the ranks again.
+
+    The launcher keeps its key-value store, in which torch 2.13 then finds the addresses of the dead ranks under the same
+    keys (seen: connection refused, or ranks waiting for each other). So each attempt gets keys of its own.
+    """
+    import torch
+    from torch.distributed import PrefixStore, TCPStore, init_process_group
+
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return  # rank 0 hosts a store of its own: it is new
+    timeout = datetime.timedelta(seconds=timeout_s)
+    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout)
+    prefix = f"attempt-{os.environ['TORCHELASTIC_RESTART_COUNT']}"
+    init_process_group(
+        backend,
+        store=PrefixStore(prefix, store),
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+        timeout=timeout,
+        device_id=torch.device("cuda", int(os.environ["LOCAL_RANK"])) if backend == "nccl" else None,
     )
 
 
