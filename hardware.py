@@ -87,6 +87,7 @@ class KernelRates:
     experts_forward: float
     experts_both: float
     head: float
+    memory_bytes: float
     pcie_bytes: float
     pageable_bytes: float
 
@@ -106,15 +107,23 @@ RATES = {
         experts_forward=479e12,  # 64 experts, tiles of 65,536 tokens: benchmarks/results/engine_kernels_h100.json
         experts_both=601e12,
         head=656e12,
+        memory_bytes=2.8e12,  # the cross-entropy kernel, benchmarks/results/engine_kernels_h100.json
         pcie_bytes=55e9,
-        # 2.35 B parameters' gradients in 2.5 s of a 64K step's backward: benchmarks/results/engine_2m_h100.json, step 2
-        pageable_bytes=7.4e9,
+        # 18.8 GB of 2.35 B parameters' gradients in 1.9 to 2.3 s of the backward of three short steps (64K twice, 128K), what
+        # the terms above leave of them: benchmarks/results/engine_2m_h100.json, engine_lengths_h100.json
+        pageable_bytes=8.8e9,
     )
 }
 
-# CPU Adam with its clipping and the copy to bf16, by memory traffic: 42 bytes a parameter, 2.35 B parameters in 0.93 and
-# 1.09 s on 16 cores of an H100 machine (benchmarks/results/engine_2m_h100.json, steps 2 and 3)
-ADAM_BYTES_PER_S = 100e9
+# Norms, gates, residuals, casts and copies of one layer's forward, recomputation and backward: how often a tensor of each
+# width goes through the GPU's memory in bf16 (an fp32 one counts twice), counted over the operators of a traced step
+# (benchmarks/trace_memory.py) but for the matmuls and the kernels whose rates are above
+KDA_PASSES = {"linear": 165, "hidden": 245}
+MLA_PASSES = {"queries": 55, "hidden": 260}
+
+# CPU Adam with its clipping and the copy to bf16, by memory traffic: 42 bytes a parameter, 2.35 B parameters in 0.93 to
+# 1.32 s on 16 cores of an H100 machine (benchmarks/results/engine_2m_h100.json, engine_lengths_h100.json)
+ADAM_BYTES_PER_S = 90e9
 
 
 def attention_rates(rates: KernelRates, backend: str, tokens: int) -> tuple[float, float]:
@@ -142,6 +151,9 @@ def sequence_seconds(
     # the rates were measured with 32 heads of 128 x 128
     kda = tokens * shape.kda_layers * shape.linear_num_heads * shape.linear_head_dim**2 / (32 * 128**2)
     experts = f["routed_experts"]
+    hidden, queries = shape.hidden_size, shape.num_attention_heads * shape.qk_head_dim
+    passes = shape.kda_layers * (KDA_PASSES["linear"] * shape.linear_dim + KDA_PASSES["hidden"] * hidden)
+    passes += len(shape.mla_layers) * (MLA_PASSES["queries"] * queries + MLA_PASSES["hidden"] * hidden)
     matmuls = {**MATRIX_GROUP, **{group: group for group in ("shared_experts", "dense_mlp", "router")}}
     return {
         "attention forward": f["attention"] * (1 if keep_attention else 2) / forward_rate,
@@ -150,6 +162,7 @@ def sequence_seconds(
         "routed experts": experts / rates.experts_forward
         + experts * (1 + backward("routed_experts")) / rates.experts_both,
         "other matrices": sum(f[term] * (2 + backward(group)) / rates.matmul for term, group in matmuls.items()),
+        "norms, gates, copies": tokens * 2 * passes / rates.memory_bytes,
         "head and loss": 3 * f["head"] / rates.head,
     }
 

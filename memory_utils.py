@@ -38,7 +38,16 @@ from model_shape import ModelShape, is_trained, model_flops_per_step
 from phase_profiler import PhasePeak
 from phase_profiler import PhaseProfiler as PhaseProfiler
 from run_log import human_count, human_time
-from zero3_memory import PASSING, Memory, PinnedPool, ZeroSettings, pinned_round_limit, set_allocator, zero_memory
+from zero3_memory import (
+    PASSING,
+    Memory,
+    PinnedPool,
+    ZeroSettings,
+    gathered_ahead,
+    pinned_round_limit,
+    set_allocator,
+    zero_memory,
+)
 
 GIB = 2**30
 
@@ -143,7 +152,10 @@ class EngineChoice:
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One stage of the curriculum. Memory per term: `gpu` of one card at its fullest, the others of the whole host."""
+    """One stage of the curriculum. Memory per term: `gpu` of one card at its fullest, the others of the whole host.
+
+    `gpu_reserve`: what the allocator will have taken by then, earlier stages included; never more than the limit.
+    """
 
     seq_length: int
     steps: int
@@ -154,6 +166,7 @@ class StagePlan:
     flops: dict[str, float]
     seconds: dict[str, float] | None
     mfu: float | None
+    gpu_reserve: int = 0
 
     @property
     def gpu_bytes(self) -> int:
@@ -292,9 +305,20 @@ def plan_run(
     lengths = [(length, steps) for length, steps in lengths if steps > 0]
     longest = max(length for length, _ in lengths)
     engine = choose_engine(config, shape, zero, machine, longest)
-    stages = tuple(plan_stage(config, shape, zero, machine, engine, *stage, longest=longest) for stage in lengths)
+    stages = [plan_stage(config, shape, zero, machine, engine, *stage, longest=longest) for stage in lengths]
+    stages = tuple(with_reserve(stages, machine.gpu_limit)) if machine.gpu_limit else tuple(stages)
     plan = Plan(stages, engine, shape, machine, config.trainable, config.gpu_hour_usd, ())
     return dataclasses.replace(plan, warnings=tuple(schedule_warnings(config, plan, dataset_tokens)))
+
+
+def with_reserve(stages: list[StagePlan], limit: int) -> list[StagePlan]:
+    """The stages with what the allocator holds in each: it gives nothing back from stage to stage unless it must."""
+    used, idle, found = 0, 0, []
+    for stage in stages:
+        used, idle = max(used, stage.gpu_bytes), max(idle, sum(stage.memory.idle.values()))
+        reserve = max(stage.gpu_bytes, min(limit, used + idle)) - GPU_CONTEXT
+        found.append(dataclasses.replace(stage, gpu_reserve=reserve))
+    return found
 
 
 def choose_engine(
@@ -402,11 +426,14 @@ def memory_at(
         engine = sum(b.bytes for b in buffers)
         memory.add("gpu", "allocator: rounding, fragments", int((engine_plan.MARGIN - 1) * engine))
         memory.add("gpu", "CUDA context, NCCL", GPU_CONTEXT)
+        resident = engine_step(config, shape, zero, machine, choice, seq_length).stream == "gpu"
+        memory.add("idle", "weights gathered ahead", gathered_ahead(shape, zero, resident=resident))
         memory.add("pinned", "pinned blocks: rounding, cache", local * (pool.owned - pool.asked))
     else:  # there is one memory: what a GPU would hold lies in the processes
         for term, size in memory.gpu.items():
             memory.add("pageable", term, local * size)
         memory.gpu.clear()
+        memory.idle.clear()
         if shape.kda_layers:
             segment = engine_step(config, shape, zero, machine, choice, seq_length).segment_tokens
             one = min(tokens, segment) * REFERENCE_CHUNK * shape.linear_dim * 4
@@ -553,6 +580,7 @@ def plan_text(plan: Plan) -> str:
             row("  sum", [f"{sum(getattr(s.memory, place).values()) / size:,.2f}" for s in stages])
     if machine.gpu_limit:
         row("GPU fullest during", [s.gpu_phase for s in stages])
+        row(f"GPU allocator's reserve by then, {unit}", [f"{s.gpu_reserve / size:,.2f}" for s in stages])
     row(f"host memory in all, {unit}", [f"{s.host_bytes / size:,.2f}" for s in stages])
     lines.append("arithmetic and time:")
     row("model FLOPs a step", [f"{sum(s.flops.values()):.3g}" for s in stages])
@@ -597,8 +625,7 @@ def compare_text(plan: Plan, seq_length: int, peaks: dict[str, PhasePeak]) -> st
     The GPU is compared only where one was used: a memory limit may be planned for on a machine without a card.
     """
     stage = next(stage for stage in plan.stages if stage.seq_length == seq_length)
-    # the context lies outside the allocator, whose reserve is what the profiler reads
-    gpu = (stage.gpu_bytes - GPU_CONTEXT, max((p.gpu_reserved for p in peaks.values()), default=0))
+    gpu = (stage.gpu_reserve, max((p.gpu_reserved for p in peaks.values()), default=0))
     host = (stage.host_bytes / plan.machine.local_gpus, max((p.process for p in peaks.values()), default=0))
     pairs = [("GPU", *gpu)] if plan.machine.gpu_limit and gpu[1] else []
     parts = [

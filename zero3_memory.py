@@ -64,9 +64,14 @@ class ZeroSettings:
 
 @dataclass
 class Memory:
-    """Bytes by place and term: `gpu` of one GPU; `pinned`, `pageable` (process memory) and `disk` of the whole host."""
+    """Bytes by place and term: `gpu` of one GPU; `pinned`, `pageable` (process memory) and `disk` of the whole host.
+
+    `idle`: what a GPU's allocator holds besides, for streams that cannot use each other's freed blocks; it is given back
+    when memory runs short.
+    """
 
     gpu: dict[str, int] = field(default_factory=dict)
+    idle: dict[str, int] = field(default_factory=dict)
     pinned: dict[str, int] = field(default_factory=dict)
     pageable: dict[str, int] = field(default_factory=dict)
     disk: dict[str, int] = field(default_factory=dict)
@@ -132,28 +137,50 @@ def zero_memory(
     memory.add("gpu", "small parameters kept whole", w * small)
     # value, gradient and two moments, on every rank
     memory.add("gpu", "fp32 decay parameters", 16 * sum(p.numel for p in shape.parameters if p.own_fp32))
-    memory.add("gpu", PREFETCHED, w * _prefetched(owned, zero) if zero.weights_device != "none" else 0)
-    memory.add("gpu", GRADIENT_COPIES, _gradient_copies([p for p in owned if p.trained(trainable)], zero, ranks))
+    steps = [p for p in owned if p.trained(trainable)]
+    if zero.weights_device != "none":
+        memory.add("gpu", PREFETCHED, w * _prefetched(owned, zero))
+    memory.add("gpu", WAITING, w * max((p.numel for p in steps if p.layer is not None), default=0))
+    memory.add("idle", "ZeRO's copies of a gradient", _gradient_copies(steps, zero, ranks))
     return memory
 
 
-# Terms that are there only while a step runs
-PREFETCHED, GRADIENT_COPIES = "ZeRO's prefetched weights", "ZeRO's copies of a gradient"
-PASSING = (PREFETCHED, GRADIENT_COPIES)
+# Terms that are there only while a step runs: whole weights of the next layer, a gradient of the layer before
+PREFETCHED, WAITING = "ZeRO's prefetched weights", "gradient that waits for its reduction"
+PASSING = (PREFETCHED, WAITING)
 
 
 def _prefetched(owned: list, zero: ZeroSettings) -> int:
     """Elements gathered for the next layer while one runs: whole parameters until the prefetch bucket is reached or passed."""
+    largest = max((p.numel for p in owned if p.layer is not None), default=0)
+    return min(largest_layer(owned), zero.prefetch_bucket_size + largest if zero.prefetch_bucket_size else 0)
+
+
+def largest_layer(parameters) -> int:
+    """Elements of the largest decoder layer."""
     layers: Counter[int] = Counter()
-    for p in owned:
+    for p in parameters:
         if p.layer is not None:
             layers[p.layer] += p.numel
-    largest = max((p.numel for p in owned if p.layer is not None), default=0)
-    return min(max(layers.values(), default=0), zero.prefetch_bucket_size + largest if zero.prefetch_bucket_size else 0)
+    return max(layers.values(), default=0)
+
+
+def gathered_ahead(shape: ModelShape, zero: ZeroSettings, *, resident: bool) -> int:
+    """Bytes of whole weights that wait for the GPU, besides the layer that runs and what is prefetched.
+
+    With every long tensor on the GPU (`resident`) nothing stops the CPU: it gathers all layers of a forward ahead of the
+    GPU, and each layer's block is free only when the GPU is through. Copies to the host hold it back to one layer.
+    """
+    if zero.weights_device == "none":
+        return 0
+    owned = [p for p in shape.parameters if not p.own_fp32]
+    layer = largest_layer(owned)
+    ahead = sum(p.numel for p in owned) - layer - _prefetched(owned, zero) if resident else layer
+    return zero.weight_bytes * max(0, ahead)
 
 
 def _gradient_copies(trained: list, zero: ZeroSettings, ranks: int) -> int:
-    """Bytes of one bucket's copies on the stream that ZeRO reduces on, whose freed blocks no other stream can use.
+    """Bytes of one bucket's copies on the stream that ZeRO reduces on.
 
     A bucket is filled up to reduce_bucket_size, a larger parameter is one by itself. Of a rank's share: the sum over ranks
     in the accumulation's precision, the accumulated gradient read back from the host, the same in the master's precision.

@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -227,11 +227,11 @@ class Point:
 
 
 def read_records(path: Path) -> list[dict]:
-    """The records of a file: this benchmark's own, or one per length of a run of bench_engine.py."""
+    """The records of a file: this benchmark's own, or one per length of a run of bench_engine.py; none of other files."""
     found = json.loads(path.read_text())
     if "records" in found:
         return [{**record, "source": path.name} for record in found["records"]]
-    return engine_records(found, path.name)
+    return engine_records(found, path.name) if "steps" in found else []
 
 
 def engine_records(run: dict, source: str) -> list[dict]:
@@ -313,15 +313,24 @@ def point_of(record: dict) -> Point:
     zero = ZeroSettings.from_json(record.get("deepspeed", read_json(ds)), bf16=config.bf16)
     shape = ModelShape.from_config_dict(case.model)
     plan = memory_utils.plan_run(config, shape, zero=zero, environ=record["allocator"], **record["machine"])
-    step = memory_utils.engine_step(config, shape, zero, plan.machine, plan.engine, case.seq_length)
-    tiles = f"{step.segment_tokens // 1024}K / {step.heads_per_group} / {step.token_tile // 1024}K" if on_gpu else ""
+    at = [stage.seq_length for stage in plan.stages].index(case.seq_length)
+    stage, step = plan.stages[at], engine_step(config, shape, zero, plan, case.seq_length)
     used = measured.get("engine")
+    if (
+        used and "layer inputs on the host" in used and step.stream == "gpu"
+    ):  # today it would stay on the GPU: ask for what ran
+        there = memory_utils.plan_run(
+            replace(config, offload="host"), shape, zero=zero, environ={}, **record["machine"]
+        )
+        step = engine_step(config, shape, zero, there, case.seq_length)
+        stage = memory_utils.with_reserve([*plan.stages[:at], there.stages[at]], plan.machine.gpu_limit)[-1]
+    tiles = f"{step.segment_tokens // 1024}K / {step.heads_per_group} / {step.token_tile // 1024}K" if on_gpu else ""
     return Point(
         name=case.name,
         source=record.get("source", ""),
         tokens=case.seq_length,
         tiles=tiles + (" (1)" if used and used != step.text.split("; predicted")[0] else ""),
-        plan=next(stage for stage in plan.stages if stage.seq_length == case.seq_length),
+        plan=stage,
         gpu_reserved=measured.get("gpu_bytes"),
         gpu_allocated=measured.get("gpu_allocated_bytes"),
         host=measured.get("host_bytes"),
@@ -329,6 +338,10 @@ def point_of(record: dict) -> Point:
         steps=measured.get("steps", case.steps),
         failed=measured["log"][-1] if measured["exit_code"] else None,
     )
+
+
+def engine_step(config, shape: ModelShape, zero: ZeroSettings, plan: memory_utils.Plan, tokens: int):
+    return memory_utils.engine_step(config, shape, zero, plan.machine, plan.engine, tokens)
 
 
 def table(points: list[Point]) -> str:
@@ -348,8 +361,7 @@ def table(points: list[Point]) -> str:
         if p.failed:
             lines.append(_row((p.name, f"{p.tokens:,}", p.tiles, f"failed: {p.failed}", "", "", "", p.source)))
             continue
-        # the context is outside the allocator, whose reserve is what was measured
-        gpu = p.plan.gpu_bytes - memory_utils.GPU_CONTEXT if p.plan.memory.gpu else None
+        gpu = p.plan.gpu_reserve if p.plan.memory.gpu else None
         cells = []
         for what, predicted, measured, unit in (
             ("GPU", gpu, p.gpu_reserved, GIB),
