@@ -411,13 +411,30 @@ def read_state(path: Path) -> TrainerState:
             problems.append(f"{file}: {name}: {value!r:.80} must be from 0 to 2**53")
         elif kind is list and not all(type(item) is float and math.isfinite(item) for item in value):
             problems.append(f"{file}: {name}: must be a list of finite numbers")
-    if not problems and values["world_size"] < 1:
-        problems.append(f"{file}: world_size: {values['world_size']} must be at least 1")
+    if not problems:
+        problems += _impossible(path, values)
     if not problems and type(values["options"].get("bf16")) is not bool:
         problems.append(f"{file}: options: bf16 must be true or false")
     if problems:
         raise UserError("\n".join(f"checkpoint: {problem}" for problem in problems))
     return TrainerState(**values)
+
+
+def _impossible(path: Path, values: dict) -> list[str]:
+    """What cannot be so in a state of the right types: numbers that contradict each other or the folder."""
+    problems, file, step = [], path / "trainer_state.json", values["step"]
+    named = NAME.search(path.name)
+    if named and int(named[1]) != step:
+        problems.append(f"{file}: step: {step}, but the folder is {path.name}")
+    shards = len(list((path / "zero").glob("*optim_states.pt")))
+    if values["world_size"] != shards:
+        problems.append(f"{file}: world_size: {values['world_size']}, but zero/ holds the shards of {shards} processes")
+    if not values["skipped_in_a_row"] <= values["skipped_total"] <= step:
+        problems.append(
+            f"{file}: skipped_in_a_row {values['skipped_in_a_row']} and skipped_total {values['skipped_total']} must not be "
+            f"more than each other and step {step}"
+        )
+    return problems
 
 
 def options_of(config: TrainConfig, sequences_per_step: list[int], deepspeed: dict | None = None) -> dict:
@@ -437,7 +454,7 @@ def check_resume(
     state: TrainerState, *, options: dict, manifest_hash: str, fingerprint: str, allowed: tuple[str, ...] = ()
 ) -> list[str]:
     """Raise one UserError that names everything in which the checkpoint and this run differ, but for what is `allowed`
-    (--allow_changed; another model never is). Returns a sentence for each difference that was allowed."""
+    (--allow_changed; another model never is). Returns a sentence for each difference that was let through."""
     problems, let_through = [], []
     if state.model_fingerprint != fingerprint:
         problems.append("the checkpoint is of another model (its config.json differs from this run's)")
@@ -449,8 +466,12 @@ def check_resume(
         )
         differences.append(("data_dir", text))
     for name, value in options.items():
-        if name in state.options and state.options[name] != value:
+        if name not in state.options:  # written by a version that did not have it
+            let_through.append(f"{name}: the checkpoint does not say what it was, this run has {value!r}")
+        elif state.options[name] != value:
             differences.append((name, f"{name}: the checkpoint has {state.options[name]!r}, this run {value!r}"))
+    for name in sorted(set(state.options) - set(options)):
+        problems.append(unknown_key(name, options, "options of the checkpoint"))
     for name, text in differences:
         if name in allowed:
             let_through.append(f"{text}: allowed by --allow_changed {name}")

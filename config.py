@@ -21,6 +21,7 @@ import itertools
 import json
 import math
 import os
+import re
 import sys
 import types
 import typing
@@ -518,6 +519,18 @@ def world_size_of(config: TrainConfig, environ=os.environ) -> int | None:
     return int(environ["WORLD_SIZE"]) if "WORLD_SIZE" in environ else None
 
 
+SECRET_NAME = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS)$|PASSWORD|SECRET", re.I)
+
+
+def mask_secrets(text: str, environ=os.environ) -> str:
+    """`text` with every value of an environment variable that is named like a secret (WANDB_API_KEY, HF_TOKEN, *_SECRET, ...)
+    replaced by its name. Values under 8 characters are no secrets (1, true, none) and would tear holes into words."""
+    for name, value in environ.items():
+        if len(value) >= 8 and SECRET_NAME.search(name) and value in text:
+            text = text.replace(value, f"<{name}>")
+    return text
+
+
 def run_main(main) -> None:
     """Run a script's main: a UserError becomes its sentence on stderr and exit code 2, nothing else is hidden.
 
@@ -530,7 +543,8 @@ def run_main(main) -> None:
         started = torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
         if rank == 0 or started:
             label = f"error: rank {rank}: " if rank else "error: "
-            print("\n".join(label + line for line in str(error).splitlines()), file=sys.stderr, flush=True)
+            text = "\n".join(label + line for line in str(error).splitlines())
+            print(mask_secrets(text), file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -4,7 +4,8 @@
     log.line("text")                  # rank 0 prints it and appends it to OUTPUT_DIR/log.txt
     log.metrics({"step": 1, ...})     # one JSON object a line in OUTPUT_DIR/metrics.jsonl, and W&B
 
-Imports the standard library only; wandb is imported when a project is asked for.
+Values of environment variables that are named like secrets are masked in everything that is said or written
+(config.mask_secrets). Imports no more than config.py does; wandb is imported when a project is asked for.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import time
 from importlib import metadata
 from pathlib import Path
 
+from config import UserError, mask_secrets
+
 
 def rank() -> int:
     """This process's rank as the launcher set it; 0 without a launcher."""
@@ -28,7 +31,7 @@ def rank() -> int:
 def say(text: str = "") -> None:
     """Print on rank 0, at once."""
     if rank() == 0:
-        print(text, flush=True)
+        print(mask_secrets(text), flush=True)
 
 
 def human_count(number: float) -> str:
@@ -91,10 +94,11 @@ class RunLog:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._text = open(self.folder / "log.txt", "a", buffering=1)  # noqa: SIM115
             self._jsonl = open(self.folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
-            self._text.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(sys.argv)}\n")
+            self._text.write(mask_secrets(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(sys.argv)}\n"))
 
     def line(self, text: str = "") -> None:
         if self.is_main:
+            text = mask_secrets(text)
             print(text, flush=True)
             self._text.write(text + "\n")
 
@@ -106,7 +110,7 @@ class RunLog:
             return
         # NaN is no JSON: a skipped step's loss becomes null
         safe = {k: (None if isinstance(v, float) and not math.isfinite(v) else v) for k, v in values.items()}
-        self._jsonl.write(json.dumps(safe) + "\n")
+        self._jsonl.write(mask_secrets(json.dumps(safe)) + "\n")
         if self.wandb is not None and "step" in values:
             self.wandb.log({k: v for k, v in values.items() if isinstance(v, (int, float))}, step=values["step"])
 
@@ -117,8 +121,6 @@ class RunLog:
         try:
             import wandb
         except ImportError:
-            from config import UserError
-
             raise UserError(
                 f"wandb_project: {project!r} was asked for but wandb is not installed; "
                 "pip install wandb, or leave --wandb_project away"
@@ -129,7 +131,7 @@ class RunLog:
             name=name,
             mode=mode,
             dir=str(self.folder),
-            config=config,
+            config=json.loads(mask_secrets(json.dumps(config))),
             settings=wandb.Settings(silent=True, console="off"),
         )
         self.line(f"W&B: project {project}, mode {mode}, files in {self.wandb.dir}")

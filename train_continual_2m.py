@@ -35,7 +35,17 @@ from pathlib import Path
 import data_loader
 import memory_utils
 import watchdog
-from config import HUB_MODEL, TrainConfig, UserError, cross_check, load_config, read_json, run_main, world_size_of
+from config import (
+    HUB_MODEL,
+    TrainConfig,
+    UserError,
+    cross_check,
+    load_config,
+    mask_secrets,
+    read_json,
+    run_main,
+    world_size_of,
+)
 from run_log import RunLog, git_commit, human_count, human_time, say, versions
 from step_guard import StepGuard
 
@@ -81,7 +91,10 @@ def main() -> int:
         say("\n".join(f"  {name}: {value}" for name, value in dataclasses.asdict(config).items()))
         return 0
     if not plan.fits and not config.force:
-        raise UserError(f"plan: {plan.verdict}; see 'python memory_utils.py --suggest', or start anyway with --force")
+        model = config.model_config or config.model_name_or_path
+        raise UserError(
+            f"plan: {model} {plan.verdict}; see 'python memory_utils.py --suggest', or start anyway with --force"
+        )
 
     # --- the model's config, the data's tokenizer and the checkpoint must fit each other, before anything is written
     import kimi_model
@@ -228,13 +241,16 @@ def find_resume(config: TrainConfig, dataset, schedule, model_config, deepspeed_
         raise UserError(
             f"resume_from_checkpoint: {path} is at step {state.step}, beyond num_train_steps {config.num_train_steps}"
         )
-    if allowed and state.step < config.num_train_steps:
-        position = schedule.step(state.step).start_token
-        if position != state.tokens_seen:
-            say(
-                f"WARNING: resume: the next step reads from stream token {position:,}, the checkpoint has seen "
-                f"{state.tokens_seen:,}: tokens between are {'skipped' if position > state.tokens_seen else 'read again'}"
-            )
+    done = schedule.step(max(0, state.step - 1))
+    position = done.start_token + (done.tokens if state.step else 0)
+    if position != state.tokens_seen:
+        say(
+            f"WARNING: resume: the next step reads from stream token {position:,}, the checkpoint says that it has seen "
+            f"{state.tokens_seen:,} (tokens_seen): those between are "
+            f"{'skipped' if position > state.tokens_seen else 'read again'}"
+        )
+    if done.stage_index != state.stage:
+        say(f"WARNING: resume: {path} says stage {state.stage}, the curriculum {done.stage_index} at step {state.step}")
     return path, state
 
 
@@ -283,7 +299,7 @@ def resolve_deepspeed(path: str, config: TrainConfig) -> dict:
     return ds
 
 
-def start_accelerator(config: TrainConfig, deepspeed_json: str, *, collective_timeout_s: float):
+def start_accelerator(config: TrainConfig, deepspeed_json: str, *, collective_timeout_s: float = 1800):
     """Accelerate with DeepSpeed ZeRO-3 on GPUs (nccl) or, without any, on CPU processes (gloo).
 
     `collective_timeout_s`: Accelerate's own 10 minutes are shorter than the wait for a rank that compiles its kernels.
@@ -427,7 +443,7 @@ def write_header(log: RunLog, config: TrainConfig, deepspeed_json: str, accelera
             "deepspeed": resolve_deepspeed(deepspeed_json, config),
             "model": json.loads(model_config.to_json_string(use_diff=False)),
         }
-        path.write_text(json.dumps(resolved, indent=1))
+        path.write_text(mask_secrets(json.dumps(resolved, indent=1)))
         log.line(f"config: every resolved option, DeepSpeed's and the model's in {path}")
 
 

@@ -42,6 +42,8 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
+from config import mask_secrets
+
 EXIT_CODE = 4
 BEAT_S = 2.0
 FAILED_GRACE_S = 5.0
@@ -196,7 +198,8 @@ class Watchdog:
             self.close()
         elif self._state == RUNNING:
             # The thread goes on for as long as the interpreter does: leaving may hang, too
-            self._state, self._reason = FAILED, f"{kind.__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            first_line = (mask_secrets(str(error)).splitlines() or [""])[0]
+            self._state, self._reason = FAILED, f"{kind.__name__}: {first_line}"
             self._phase = ("exit after an error", *self._phase[1:3], self.limits.seconds("exit"), time.monotonic())
             self._write()
 

@@ -6,7 +6,17 @@ import json
 import pytest
 import yaml
 
-from config import DEFAULT_CURRICULUM, FIELDS, Stage, TrainConfig, UserError, cross_check, load_config, parse_curriculum
+from config import (
+    DEFAULT_CURRICULUM,
+    FIELDS,
+    Stage,
+    TrainConfig,
+    UserError,
+    cross_check,
+    load_config,
+    mask_secrets,
+    parse_curriculum,
+)
 
 
 def test_command_line_wins_over_yaml_wins_over_defaults(tmp_path):
@@ -20,6 +30,31 @@ def test_several_data_folders_with_weights(tmp_path):
     (tmp_path / "c.yaml").write_text("data_dir: [a@0.6, b@0.4]\n")
     assert load_config(["--config", str(tmp_path / "c.yaml")]).data_dir == "a@0.6,b@0.4"
     assert load_config(["--data_dir", "c@1", "--data_dir", "d@3"]).data_dir == "c@1,d@3"
+
+
+def test_allow_changed_is_repeatable_and_a_list():
+    assert load_config(["--allow_changed", "seed", "--allow_changed", "bf16,data_dir"]).allowed_changes == (
+        *("seed", "bf16", "data_dir"),
+    )
+
+
+def test_secrets_of_the_environment_are_masked():
+    environ = {
+        "HF_TOKEN": "hf_abcdefgh",
+        "WANDB_API_KEY": "0123456789",
+        "DB_PASSWORD_OLD": "hunter2hunter2",
+        "MY_KEY": "1",
+    }
+    text = mask_secrets("a hf_abcdefgh b 0123456789 c hunter2hunter2 d 1", {**environ, "HOME": "a hf"})
+    assert text == "a <HF_TOKEN> b <WANDB_API_KEY> c <DB_PASSWORD_OLD> d 1"
+
+
+def test_yaml_is_read_without_running_anything(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text(f"seed: !!python/object/apply:os.mkdir ['{tmp_path}/done']\n")
+    with pytest.raises(UserError, match="not valid YAML"):
+        load_config(["--config", str(file)])
+    assert not (tmp_path / "done").exists()
 
 
 def test_every_option_round_trips_through_yaml(tmp_path):
@@ -45,6 +80,13 @@ def test_default_curriculum():
         (["--engine", "fast"], "engine: 'fast' is not one of tiled, reference"),
         (["--config", "/nowhere.yaml"], "/nowhere.yaml: cannot be read"),
         (["--document_mask", "--engine", "reference"], "document_mask: needs --engine tiled"),
+        (
+            ["--allow_changed", "seed,lerning_rate"],
+            "allow_changed: unknown key 'lerning_rate'; did you mean 'learning_rate'",
+        ),
+        (["--replay_step", "3"], "replay_step: needs --resume_from_checkpoint"),
+        (["--replay_step", "30000", "--resume_from_checkpoint", "latest"], "replay_step: 30000 must be in"),
+        (["--spike_factor", "-1"], "spike_factor: -1.0 must not be negative"),
         (["stray"], "'stray' belongs to no option"),
     ],
 )
