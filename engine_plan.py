@@ -31,8 +31,8 @@ KDA_KEPT, KDA_BACKWARD, KDA_TAPS, KDA_FORWARD = 17, 35, 3, 20
 # and the gradient of its input (1)
 STREAM_KDA, STREAM_MLP = 7, 7
 COPIES_UNDER_WAY = 5 * GIB // 2  # bytes of tiles that may wait on the GPU for their copy to the host
-# Of the allocator's reserve over what is allocated: a step's allocations replayed against its rule for expandable segments
-# leave 5 to 8 % in holes, up to 12 % at 2M after shorter stages (benchmarks/results/planner_trace.json)
+# The allocator's reserve over what is allocated: a step's allocations replayed against its rule for expandable segments leave
+# 2 to 16 % in holes, 8 in the middle (benchmarks/results/planner_trace.json)
 MARGIN = 1.08
 
 

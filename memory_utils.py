@@ -622,25 +622,25 @@ def _time_lines(plan: Plan, row) -> list[str]:
 def compare_text(plan: Plan, seq_length: int, peaks: dict[str, PhasePeak]) -> str:
     """Predicted beside measured for this rank at this length, over all phases a profiler saw; then each phase's peaks.
 
-    The GPU is compared only where one was used: a memory limit may be planned for on a machine without a card.
+    A plan for a card may be made on a machine without one: nothing is compared then.
     """
     stage = next(stage for stage in plan.stages if stage.seq_length == seq_length)
     gpu = (stage.gpu_reserve, max((p.gpu_reserved for p in peaks.values()), default=0))
     host = (stage.host_bytes / plan.machine.local_gpus, max((p.process for p in peaks.values()), default=0))
-    pairs = [("GPU", *gpu)] if plan.machine.gpu_limit and gpu[1] else []
-    parts = [
+    pairs = [("GPU", *gpu), ("process", *host)] if plan.machine.gpu_limit else [("process", *host)]
+    compared = "; ".join(
         f"{what} predicted {predicted / GIB:.2f}, measured {measured / GIB:.2f} GiB ({measured / predicted - 1:+.1%})"
-        for what, predicted, measured in (*pairs, ("process", *host))
-    ]
-    phases = [
-        f"{name} "
-        + (f"{p.gpu_allocated / GIB:.2f} / {p.gpu_reserved / GIB:.2f} / " if pairs else "")
-        + f"{p.process / GIB:.2f}"
-        for name, p in peaks.items()
-    ]
-    what = "GPU allocated / reserved / process" if pairs else "process"
+        for what, predicted, measured in pairs
+    )
+    if plan.machine.gpu_limit and not gpu[1]:
+        compared = (
+            f"process {host[1] / GIB:.2f} GiB, on the CPU; the plan is one for a GPU, so there is nothing to compare"
+        )
+    show = lambda p: (p.gpu_allocated, p.gpu_reserved, p.process) if gpu[1] else (p.process,)  # noqa: E731
+    phases = [f"{name} {' / '.join(f'{size / GIB:.2f}' for size in show(p))}" for name, p in peaks.items()]
+    what = "GPU allocated / reserved / process" if gpu[1] else "process"
     return (
-        f"memory of this rank at {seq_length:,} tokens: {'; '.join(parts)}\n"
+        f"memory of this rank at {seq_length:,} tokens: {compared}\n"
         f"  peaks per phase, GiB ({what}): {'; '.join(phases)}"
     )
 
@@ -686,9 +686,12 @@ def possible_changes(config: TrainConfig, zero: ZeroSettings, plan: Plan) -> lis
             )
         )
     if zero.states_device == "cpu":
+        # master, moments and gradient are read, all but the gradient written back
+        swapped = plan.shape.trained_parameters(config.trainable) * (3 * zero.master_bytes + 4 * zero.moment_bytes)
         changes.append(
             Change(
-                '"offload_optimizer": {"device": "nvme", "nvme_path": ...} (a fast disk)',
+                '"offload_optimizer": {"device": "nvme", "nvme_path": ...} (a fast disk: each step reads and writes '
+                f"{swapped / 1e12:,.2f} TB)",
                 zero={"states_device": "nvme"},
             )
         )

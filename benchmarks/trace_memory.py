@@ -4,8 +4,9 @@
 
 Every layer's forward and backward of long_sequence.py runs on torch's meta device, fla's Python with its kernel launches left
 out, the other kernels as functions that allocate what the real ones do. A dispatch mode adds up the storages that are alive:
-what is compared per phase with engine_plan.engine_buffers, which the planner predicts by. Not in it: what the allocator
-rounds and cannot reuse, and DeepSpeed. Weights are added to each phase as DeepSpeed gathers them, one layer whole.
+what is compared per phase with engine_plan.engine_buffers, which the planner predicts by. The same allocations replayed
+against the allocator's rule for expandable segments give its reserve, with the holes that it cannot fill. Not in it:
+DeepSpeed. Weights are added to each phase as DeepSpeed gathers them, one layer whole.
 
 Without fla (`kda=allocating_kda`) the recurrence is a function that takes what fla was seen to take; the tests use that.
 """
@@ -13,6 +14,7 @@ Without fla (`kda=allocating_kda`) the recurrence is a function that takes what 
 from __future__ import annotations
 
 import argparse
+import bisect
 import json
 import sys
 import weakref
@@ -49,11 +51,49 @@ PHASE_OF = {
 # ---------------------------------------------------------------------------------------------- what is alive
 
 
+class ExpandableSegment:
+    """torch's allocator with expandable segments, large blocks of one stream: the smallest free range that is large enough
+    is cut, neighbours are joined, and the end is moved by pages of 20 MiB where none fits. `reserved` never falls."""
+
+    PAGE, SMALL = 20 * 2**20, 2**20
+
+    def __init__(self):
+        self.reserved = 0
+        self._free: list[tuple[int, int]] = []  # (bytes, offset), sorted
+
+    def take(self, size: int) -> int | None:
+        """Offset of a new block; None for one of the small pool, which is not followed."""
+        if size <= self.SMALL:
+            return None
+        place = bisect.bisect_left(self._free, (size, -1))
+        if place == len(self._free):
+            last = next((part for part in self._free if sum(part) == self.reserved), (0, self.reserved))
+            grown = -(-(size - last[0]) // self.PAGE) * self.PAGE
+            if last[0]:
+                self._free.remove(last)
+            self.reserved += grown
+            free, offset = last[0] + grown, last[1]
+        else:
+            free, offset = self._free.pop(place)
+        if free > size:
+            bisect.insort(self._free, (free - size, offset + size))
+        return offset
+
+    def give(self, offset: int | None, size: int) -> None:
+        if offset is None:
+            return
+        for part in [part for part in self._free if sum(part) == offset or part[1] == offset + size]:
+            self._free.remove(part)
+            offset, size = min(offset, part[1]), size + part[0]
+        bisect.insort(self._free, (size, offset))
+
+
 class Live(TorchDispatchMode):
     """Bytes of the storages that are alive and were made inside the mode; the highest sum per phase."""
 
-    def __init__(self, known):
+    def __init__(self, known, segment: ExpandableSegment):
         super().__init__()
+        self._segment = segment
         self.bytes, self.phase = 0, "other"
         self.peaks: dict[str, int] = {}
         self._seen = {tensor.untyped_storage()._cdata: None for tensor in known}
@@ -71,9 +111,12 @@ class Live(TorchDispatchMode):
         if key in self._seen:
             return
 
+        offset = self._segment.take(size)
+
         def gone(_):
             del self._seen[key]
             self.bytes -= size
+            self._segment.give(offset, size)
 
         self._seen[key] = weakref.ref(storage, gone)
         self.bytes += size
@@ -243,12 +286,24 @@ def meta_model(values: dict):
     return model
 
 
-def trace(values: dict, tokens: int, options: EngineOptions, *, gpu_gib: float, kda, conv) -> tuple[Plan, dict, dict]:
-    """(plan, bytes listed per phase, bytes traced per phase) of one training step over `tokens` tokens."""
+def trace(
+    values: dict,
+    tokens: int,
+    options: EngineOptions,
+    *,
+    gpu_gib: float,
+    kda,
+    conv,
+    segment: ExpandableSegment | None = None,
+) -> tuple[Plan, dict, dict]:
+    """(plan, bytes listed per phase, bytes traced per phase) of one training step over `tokens` tokens.
+
+    `segment`: the allocator of the steps before this one.
+    """
     model = meta_model(values)
     parts = kimi_model._model_parts(model)
     engine = long_sequence.LongSequenceEngine(parts, meta_kernels(kda, conv), options, META)
-    live = Live([*model.parameters(), *model.buffers()])
+    live = Live([*model.parameters(), *model.buffers()], segment or ExpandableSegment())
     engine.transfer = MetaTransfer(live)
     plan = plan_step(parts.shape, tokens, element_bytes=2, options=options, gpu_bytes=int(gpu_gib * GIB), training=True)
     engine._plans[tokens, True] = plan
@@ -293,25 +348,36 @@ def main() -> int:
     eight = {"num_hidden_layers": 8, "num_local_experts": 16, "layer_types": MODEL["layer_types"] * 2}
     eight["mlp_layer_types"] = ["dense"] + ["sparse"] * 7
     small = {"segment_tokens": 16384, "token_tile": 16384, "heads_per_group": 2}
-    cases = [("64 experts", MODEL, 2**n, 68, {}) for n in range(16, 22)]
-    cases += [("64 experts", MODEL, 2**n, 68, small) for n in (16, 18)]
-    cases += [("64 experts", MODEL, 2**21, 36, {})]
-    cases += [("8 layers, 16 experts", {**MODEL, **eight}, 2**n, 68, {}) for n in (16, 18, 19)]
-    cases += [("256 experts", {**MODEL, "num_local_experts": 256}, 2**n, 68, {}) for n in (16, 21)]
+    eight = {**MODEL, **eight}
+    runs = [  # one run each: its lengths follow one another in one allocator
+        ("64 experts", MODEL, [2**n for n in range(16, 22)], 68, {}),
+        ("64 experts, small tiles", MODEL, [2**16, 2**18], 68, small),
+        ("64 experts", MODEL, [2**21], 36, {}),
+        ("8 layers, 16 experts", eight, [2**16, 2**18, 2**19], 68, {}),
+        ("256 experts", {**MODEL, "num_local_experts": 256}, [2**16, 2**21], 68, {}),
+    ]
     records = []
-    for name, values, tokens, gib, options in cases:
-        plan, listed, traced = trace(
-            values,
-            tokens,
-            EngineOptions(attention_outputs="keep", **options),
-            gpu_gib=gib,
-            kda=kda_fla,
-            conv=causal_conv_fla,
-        )
-        difference = max(listed.values()) / max(traced.values()) - 1
-        records.append({"model": name, "tokens": tokens, "plan": plan.text, "listed": listed, "traced": traced})
-        each = ", ".join(f"{phase} {listed[phase] / GIB:.2f}/{traced[phase] / GIB:.2f}" for phase in listed)
-        print(f"{name}, {tokens:,} tokens, {gib} GiB: {difference:+.1%}; GiB listed/traced: {each}", flush=True)
+    for name, values, lengths, gib, sizes in runs:
+        segment, options = ExpandableSegment(), EngineOptions(attention_outputs="keep", **sizes)
+        for tokens in lengths:
+            kernels = {"kda": kda_fla, "conv": causal_conv_fla}
+            plan, listed, traced = trace(values, tokens, options, gpu_gib=gib, segment=segment, **kernels)
+            difference = max(listed.values()) / max(traced.values()) - 1
+            record = {
+                "model": name,
+                "tokens": tokens,
+                "gpu_gib": gib,
+                "plan": plan.text,
+                "listed": listed,
+                "traced": traced,
+            }
+            records.append({**record, "reserved without weights": segment.reserved})
+            each = ", ".join(f"{phase} {listed[phase] / GIB:.2f}/{traced[phase] / GIB:.2f}" for phase in listed)
+            print(
+                f"{name}, {tokens:,} tokens, {gib} GiB: {difference:+.1%}, reserved {segment.reserved / GIB:.2f}; GiB "
+                f"listed/traced: {each}",
+                flush=True,
+            )
     if arguments.out:
         text = json.dumps({"torch": torch.__version__, "records": records}, indent=1)
         arguments.out.write_text(text + "\n")

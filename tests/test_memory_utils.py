@@ -439,6 +439,22 @@ def test_listed_buffers_are_what_the_engine_holds(tokens, gpu_gib, options):
     assert max(listed.values()) == pytest.approx(max(traced.values()), rel=0.03)
 
 
+def test_expandable_segment_by_hand():
+    """Pages of 20 MiB: three blocks of 30, the middle one given back, leave a hole that 40 MiB do not fit and 10 do."""
+    from trace_memory import ExpandableSegment
+
+    mib, segment = 2**20, ExpandableSegment()
+    offsets = [segment.take(30 * mib) for _ in range(3)]
+    assert offsets == [0, 30 * mib, 60 * mib] and segment.reserved == 100 * mib
+    segment.give(offsets[1], 30 * mib)
+    assert segment.take(40 * mib) == 90 * mib and segment.reserved == 140 * mib  # 10 were free at the end
+    assert segment.take(10 * mib) == 130 * mib  # the smallest range that fits
+    assert segment.take(10 * mib) == 30 * mib
+    for offset, size in ((0, 30), (60, 30), (30, 10)):
+        segment.give(offset * mib, size * mib)
+    assert segment.take(90 * mib) == 0 and segment.reserved == 140 * mib
+
+
 def test_frozen_experts_have_no_gradients_on_the_gpu():
     """256 experts x 3 x 2304 x 1024 weights of a layer: their sum in fp32 is not there in KDA's backward, in bf16 not in
     attention's, and a tile's own gradients (later of them gate, up and down, 6 rows less of width 1024) not in the MLP's."""
@@ -588,6 +604,7 @@ def test_all_parameters_do_not_fit_a_common_machine_and_what_does():
     enough = next(line for line in lines if line.startswith("enough together"))
     assert enough.startswith("enough together: --trainable no_experts; --num_processes 1: fits")
     assert "as it stands the run fits at no length" in text
+    assert "each step reads and writes 1.38 TB" in text  # 49.1 B parameters x 28 bytes
     assert re.search(r"as it stands the run needs [\d,]+ GiB of host memory a machine", text)
 
 
@@ -836,7 +853,10 @@ def test_no_gpu_is_compared_where_none_was_used():
     """A limit may be planned for (--gpu_memory_gib) on a machine without a card."""
     _, _, plan = planned("config_h100_2x.yaml")
     text = memory_utils.compare_text(plan, 1048576, {"backward": PhasePeak(process=GIB)})
-    assert "GPU" not in text and text.endswith("peaks per phase, GiB (process): backward 1.00")
+    assert text == (
+        "memory of this rank at 1,048,576 tokens: process 1.00 GiB, on the CPU; the plan is one for a GPU, so there is nothing "
+        "to compare\n  peaks per phase, GiB (process): backward 1.00"
+    )
 
 
 def test_older_torch_gets_expandable_segments_only(monkeypatch):
