@@ -1,0 +1,131 @@
+"""flash-attn-4 at this model's head sizes (192 for q and k, 128 for v) with other tiles than its own, on one Hopper GPU.
+
+    python benchmarks/bench_flash4_tiles.py --out benchmarks/results/flash4_tiles_h100.json
+
+Each candidate is compiled in a process of its own, all at once; they are timed one at a time, at 4 heads of 65,536 and of
+262,144 tokens, causal, medians of three. Forward FLOPs are T^2 * heads * 320, backward 2.5 times that. Beside the speed stand
+the relative errors against fp32 (output; dq, dk, dv), since several tiles compile and compute something else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+OWN_BACKWARD = {
+    "m_block_size": 64,
+    "n_block_size": 96,
+    "num_stages_Q": 2,
+    "num_stages_dO": 2,
+    "num_stages_PdS": 1,
+    "SdP_swapAB": False,
+    "dKV_swapAB": True,
+    "dQ_swapAB": False,
+    "AtomLayoutMSdP": 1,
+    "AtomLayoutNdKV": 2,
+    "AtomLayoutMdQ": 1,
+    "num_wg": 2,
+}
+BACKWARD = {
+    "backward 64x96 (its own)": {},
+    "backward 64x112": {"n_block_size": 112, "num_stages_dO": 1},
+    "backward 64x112, dQ swapped": {"n_block_size": 112, "num_stages_dO": 1, "dQ_swapAB": True, "AtomLayoutMdQ": 2},
+    "backward 64x128": {"n_block_size": 128, "num_stages_dO": 1},
+    "backward 64x96, one dO stage": {"num_stages_dO": 1},
+    "backward 64x96, three warp groups": {"num_wg": 3, "AtomLayoutNdKV": 3},
+    "backward 64x96, dQ by one warp group": {"dQ_single_wg": True},
+}
+FORWARD = {  # rows, columns, P in registers, overlap inside a warp group
+    "forward 128x128 (its own)": (128, 128, True, True),
+    "forward 128x112": (128, 112, True, True),
+    "forward 128x96": (128, 96, True, True),
+    "forward 192x112": (192, 112, True, False),
+    "forward 192x96": (192, 96, True, False),
+}
+SCALE = 192**-0.5
+LOCK = Path("/tmp/flash4_tiles.lock")
+
+
+def worker(name: str) -> dict:
+    import flash_attn.cute.interface as flash4
+    import torch
+
+    if name in FORWARD:
+        flash4._tile_size_fwd_sm90 = lambda *_, **__: flash4.FwdConfig(*FORWARD[name])
+    else:
+        flash4._tile_size_bwd_sm90 = lambda *_, **__: flash4.BwdConfig(**{**OWN_BACKWARD, **BACKWARD[name]})
+
+    def data(tokens, heads):
+        torch.manual_seed(0)
+        sizes = (192, 192, 128, 128)
+        return [torch.randn(1, tokens, heads, size, device="cuda", dtype=torch.bfloat16) for size in sizes]
+
+    def forward(q, k, v):
+        return flash4._flash_attn_fwd(q, k, v, softmax_scale=SCALE, causal=True, return_lse=True)[:2]
+
+    def backward(q, k, v, out, d_out, lse):
+        return flash4._flash_attn_bwd(q, k, v, out, d_out, lse, softmax_scale=SCALE, causal=True)
+
+    *qkv, d_out = data(2048, 2)
+    out, lse = forward(*qkv)
+    wide = [x.float().requires_grad_() for x in qkv]
+    scores = torch.einsum("bihd,bjhd->bhij", wide[0], wide[1]) * SCALE
+    later = torch.ones(2048, 2048, device="cuda", dtype=torch.bool).triu(1)
+    expected = torch.einsum("bhij,bjhd->bihd", scores.masked_fill(later, float("-inf")).softmax(-1), wide[2])
+    pairs = [(out, expected)]
+    if name in BACKWARD:
+        expected_grads = torch.autograd.grad(expected, wide, d_out.float())
+        pairs += zip(backward(*qkv, out, d_out, lse), expected_grads, strict=True)
+    found = {"name": name, "relative errors": [float((a - b).norm() / b.norm()) for a, b in pairs]}
+    with open(LOCK, "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for tokens in (65536, 262144):
+            *qkv, d_out = data(tokens, 4)
+            out, lse = forward(*qkv)
+            seconds = []
+            for _ in range(4):  # the first is a warm-up
+                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                begin.record()
+                forward(*qkv) if name in FORWARD else backward(*qkv, out, d_out, lse)
+                end.record()
+                torch.cuda.synchronize()
+                seconds.append(begin.elapsed_time(end) / 1e3)
+            median = statistics.median(seconds[1:])
+            flops = tokens**2 * 4 * 320 * (1 if name in FORWARD else 2.5)
+            found[f"{tokens} tokens"] = {"ms": median * 1e3, "TFLOP/s": flops / median / 1e12}
+            del qkv, d_out, out, lse
+            torch.cuda.empty_cache()
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--worker")
+    arguments = parser.parse_args()
+    if arguments.worker:
+        print(json.dumps(worker(arguments.worker)))
+        return
+    import torch
+
+    started, rows = time.time(), []
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    names = [*BACKWARD, *FORWARD]
+    workers = [subprocess.Popen([sys.executable, __file__, "--worker", name], **pipes) for name in names]
+    for name, process in zip(names, workers, strict=True):
+        stdout, stderr = process.communicate()
+        failed = {"name": name, "error": stderr.strip().splitlines()[-1:]}
+        rows.append(json.loads(stdout.splitlines()[-1]) if process.returncode == 0 else failed)
+        print(rows[-1], flush=True)
+    record = {"card": torch.cuda.get_device_name(), "seconds": time.time() - started, "rows": rows}
+    arguments.out.write_text(json.dumps(record, indent=1))
+
+
+if __name__ == "__main__":
+    main()
