@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -368,8 +369,12 @@ def engine_step(
 
 def gpu_held(config: TrainConfig, shape: ModelShape, zero: ZeroSettings, machine: Machine) -> dict[str, int]:
     """What ZeRO takes of each GPU, per term."""
-    ranks, local = machine.num_gpus, machine.local_gpus
-    return zero_memory(shape, zero, trainable=config.trainable, ranks=ranks, local_ranks=local, pool=None).gpu
+    return _gpu_held(shape, zero, config.trainable, machine.num_gpus, machine.local_gpus)
+
+
+@functools.lru_cache(maxsize=64)  # a plan asks for it some twenty times, `suggest` for a few hundred plans
+def _gpu_held(shape: ModelShape, zero: ZeroSettings, trainable: str, ranks: int, local_ranks: int) -> dict[str, int]:
+    return zero_memory(shape, zero, trainable=trainable, ranks=ranks, local_ranks=local_ranks, pool=None).gpu
 
 
 def engine_shape(shape: ModelShape) -> engine_plan.Shape:

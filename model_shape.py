@@ -45,7 +45,7 @@ class Parameter:
     group: str
     layer: int | None = None
 
-    @property
+    @cached_property
     def numel(self) -> int:
         return math.prod(self.shape)
 
