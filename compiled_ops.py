@@ -1,6 +1,7 @@
-"""DeepSpeed's C++ ops, loaded so that a rank killed while it does so cannot hang every later start on its machine.
+"""DeepSpeed's C++ ops, loaded so that a killed rank cannot hang later starts, and its CPU Adam made exact across a resume.
 
-    load_cpu_ops(say)       # before the process group; DeepSpeed then finds the ops loaded
+    load_cpu_ops(say)                                   # before the process group; DeepSpeed then finds the ops loaded
+    optimizer = exact(DeepSpeedCPUAdam(groups, ...))    # an update is a function of its arguments
 
 torch builds an extension at its first use and guards the build with a plain file `lock` beside it. A process killed in
 those seconds (a minute at the first start, two seconds at the others) leaves the file behind, and every later start waits
@@ -14,6 +15,8 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import os
+import sys
 from pathlib import Path
 
 OURS = "loading.flock"
@@ -38,10 +41,16 @@ def loading(folder: Path, say):
 
 
 def load_cpu_ops(say) -> None:
-    """Build (about a minute, once) and load the CPU Adam and, without a GPU, DeepSpeed's shared-memory collectives."""
+    """Build (about a minute, once) and load the CPU Adam and, without a GPU, DeepSpeed's shared-memory collectives.
+
+    Puts this interpreter's folder first on the PATH: torch runs the first `ninja` there, and two versions of it (the
+    system's in one shell, the environment's in another) rebuild each other's work at every change, a minute each time.
+    """
     from deepspeed.accelerator import get_accelerator
     from torch.utils.cpp_extension import _get_build_directory
 
+    own = str(Path(sys.executable).parent)
+    os.environ["PATH"] = os.pathsep.join([own, *(p for p in os.environ.get("PATH", "").split(os.pathsep) if p != own)])
     accelerator = get_accelerator()
     say("ops: loading DeepSpeed's C++ ops (compiled at the first start on a machine: about a minute)")
     names = ["CPUAdamBuilder"] + (["ShareMemCommBuilder"] if accelerator.device_name() == "cpu" else [])
@@ -49,3 +58,33 @@ def load_cpu_ops(say) -> None:
         builder = accelerator.create_op_builder(name)
         with loading(Path(_get_build_directory(builder.NAME, verbose=False)), say):
             builder.load(verbose=False)
+
+
+class _UpdateFromArguments:
+    """DeepSpeed's CPU Adam op without its memory.
+
+    The op keeps beta^step as a running product in fp32, but takes pow(beta, step) in the first step after a resume. The two
+    differ in their last bit at many steps (7 is one, for beta 0.9), and so do the weights from there on. Told of a step 0
+    in between, the op takes pow every time.
+    """
+
+    def __init__(self, op):
+        import torch
+
+        self._op, self._nothing = op, [torch.zeros(1) for _ in range(4)]
+
+    def __getattr__(self, name):
+        return getattr(self._op, name)
+
+    def adam_update(self, opt_id, step, lr, beta1, beta2, eps, weight_decay, bias_correction, *tensors) -> None:
+        self._op.adam_update(opt_id, 0, 0.0, beta1, beta2, eps, 0.0, False, *self._nothing)
+        self._op.adam_update(opt_id, step, lr, beta1, beta2, eps, weight_decay, bias_correction, *tensors)
+
+
+def exact(optimizer):
+    """The DeepSpeedCPUAdam given, whose updates now depend on their arguments alone; costs microseconds an update.
+
+    Changed in place: ZeRO-3 compares the optimizer's type, a subclass would lose its offload path.
+    """
+    optimizer.ds_opt_adam = _UpdateFromArguments(optimizer.ds_opt_adam)
+    return optimizer

@@ -408,9 +408,11 @@ def make_optimizer(model, config: TrainConfig, deepspeed_json: str, log: RunLog)
     if (zero.get("offload_optimizer") or {}).get("device", "none") != "none":
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
+        from compiled_ops import exact
+
         log.line("optimizer: DeepSpeed CPU Adam")
         bf16_moments = (read_json(deepspeed_json).get("bf16") or {}).get("bf16_optimizer_states") is True
-        return DeepSpeedCPUAdam(groups, adamw_mode=True, fp32_optimizer_states=not bf16_moments, **common)
+        return exact(DeepSpeedCPUAdam(groups, adamw_mode=True, fp32_optimizer_states=not bf16_moments, **common))
     log.line("optimizer: torch AdamW")
     return torch.optim.AdamW(groups, **common)
 
