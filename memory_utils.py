@@ -101,8 +101,9 @@ def step_seconds(
 
 # Outside torch's allocator: CUDA context, kernels' code, NCCL's buffers
 GPU_CONTEXT = int(1.5 * GIB)
-# One process with torch, transformers and DeepSpeed (and CUDA's libraries) loaded, before the model
-PROCESS_BASE = {"gpu": int(4.0 * GIB), "cpu": int(0.55 * GIB)}
+# One process with torch, transformers and DeepSpeed (and CUDA's libraries) loaded, before the model. On a GPU: what three runs
+# held beyond all other terms, 2.5 GiB each (benchmarks/results/engine_*_h100.json), torch's 2.11 rounding counted
+PROCESS_BASE = {"gpu": int(2.5 * GIB), "cpu": int(0.55 * GIB)}
 # On the CPU the recurrence runs in plain torch (kernels.kda_reference): tensors of T x chunk x H x K in fp32, about 20 at
 # once in backward, and about 40 more stay with malloc; oneDNN keeps a compiled kernel for every number of tokens that an
 # expert ever got. Fitted to the runs in benchmarks/results/planner_cpu.json, see benchmarks/NOTES.md.
