@@ -45,6 +45,15 @@ LATEST = ("--resume_from_checkpoint", "latest")
 IN_A_STEP = ("data", "forward", "backward", "optimizer")
 PHASES = ("load", "save", "save", *IN_A_STEP)
 DELAY_S = 0.03  # about the length of a phase here
+# What a failed allocation says in Python, torch, C++, the kernel and oneDNN
+OUT_OF_MEMORY = (
+    "MemoryError",
+    "can't allocate memory",
+    "bad_alloc",
+    "Cannot allocate memory",
+    "can't start new thread",
+    "could not create a primitive",
+)
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "numpy")
 # kind -> (how many in full, how many in short)
 COUNTS = {
@@ -574,14 +583,7 @@ def memory(campaign: Campaign) -> None:
             }
             if run.succeeded() or run.codes[rank] == 0:
                 raise Unexpected(f"exit codes {run.codes}: the limit did not bite")
-            words = (
-                "can't allocate memory",
-                "MemoryError",
-                "bad_alloc",
-                "Cannot allocate memory",
-                "can't start new thread",
-            )
-            cause = next((line for line in run.said().splitlines() for word in words if word in line), None)
+            cause = next((line for line in run.said().splitlines() for words in OUT_OF_MEMORY if words in line), None)
             if cause is None:
                 raise Unexpected(f"nothing says that memory ran out: {run.said()[-800:]}")
             if run.after_first_s > stated_s:
@@ -643,7 +645,7 @@ def mutations(campaign: Campaign) -> None:
             record = json.loads(line.replace(str(other), str(campaign.work)))
             content = record.pop("content", None)
             as_promised = record["outcome"] in fault_mutations.AS_PROMISED
-            if content is not None and "huge" not in record["done"]:
+            if content is not None:
                 accepted.append((record, content))
             if not as_promised:
                 campaign.record(**{**record, "as_promised": False})
@@ -673,14 +675,16 @@ def mutated_starts(campaign: Campaign, accepted: list[tuple[dict, str]]) -> None
         try:
             with campaign.fault("start with an accepted mutation", done=f"{path.name}: {record['done']}") as facts:
                 words = ("--config", str(campaign.work / "config.yaml"), "--output_dir", str(output))
-                run = campaign.forks.start_with(output, [*words, "--stop_after_steps", "2"])
+                # the launcher would have been given the damaged folder's DeepSpeed JSON
+                given = {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(campaign.work / "deepspeed.json")}
+                run = campaign.forks.start_with(output, [*words, "--stop_after_steps", "2"], given)
                 campaign.live.append(run)
                 run.finish()
                 facts["exit_codes"] = run.codes
                 if not run.succeeded():
                     refused_by_name(run, {2}, "")
-                    if "Traceback" in run.said():
-                        raise Unexpected(f"a traceback: {run.said()[-600:]}")
+                if "Traceback" in run.said():
+                    raise Unexpected(f"a traceback: {run.said()[-600:]}")
                 facts["seen"] = "two steps done" if run.succeeded() else last_words(run)
         finally:
             path.write_bytes(kept)

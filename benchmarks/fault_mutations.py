@@ -124,6 +124,8 @@ def mutate(content: bytes, *, is_yaml: bool, draw: random.Random) -> tuple[bytes
     if how in on_bytes:
         return _mutate_bytes(content, how, draw)
     every = [(path, value) for path, value in places(tree) if how != "unknown" or isinstance(path[-1], str)]
+    # one number of the spike rule's history, changed together with its checksum, is a forgery that nobody can tell
+    every = [(path, value) for path, value in every if not (str(path[0]).startswith("recent_") and len(path) > 1)]
     if how in ("negative", "huge", "nan"):
         every = [(p, v) for p, v in every if type(v) in (int, float)] or every
     path, value = draw.choice(every)
@@ -218,9 +220,8 @@ class Start:
         try:
             with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(io.StringIO()):
                 self.trainer.main()
-                if self.bound is None:
-                    return {"options": {"dry_run": True}, "said": said.getvalue()}
-                return self._sections(self.bound)
+                self.said = said.getvalue()
+                return self._sections(self.bound) if self.bound else {"options": {"dry_run": True}}
         finally:
             sys.argv = old
 
@@ -260,8 +261,8 @@ SHOWN = {"options", "deepspeed", "model", "manifest_hash"}
 RECORDED = {"versions", "model", "tokenizer", "skipped_total"}
 
 
-def judge(before: dict, after: dict, target: Target) -> tuple[str, str]:
-    """(outcome, the sections that differ) of a start that was not refused."""
+def judge(before: dict, after: dict, said: str, target: Target) -> tuple[str, str]:
+    """(outcome, the sections that differ) of a start that was not refused; `said`: what it printed."""
     differs = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
     if not differs:
         return "equal", ""
@@ -270,6 +271,9 @@ def judge(before: dict, after: dict, target: Target) -> tuple[str, str]:
     if differs == {"resume"} and target.fit:
         old, new = before["resume"][1], after["resume"][1]
         fields = {name for name in old if old[name] != new.get(name)}
+        if fields == {"options"}:
+            gone = old["options"].keys() - new["options"].keys()
+            return ("shown" if all(f"{name}: " in said for name in gone) else "silent"), f"options: {sorted(gone)}"
         return ("shown" if fields <= RECORDED else "silent"), f"state: {', '.join(sorted(fields))}"
     consequences = {"tokens"} if differs & {"options"} else set()  # another seed reads other tokens
     if target.kind == "manifest":
@@ -305,7 +309,7 @@ def try_one(start: Start, target: Target, options: list[str], before: dict, cont
     signal.alarm(LONGEST_S)
     try:
         after = start.values(options)
-        outcome, seen = judge(before, after, target)
+        outcome, seen = judge(before, after, start.said, target)
     except UserError as error:
         outcome, seen = "refused" if names_it(str(error), target, done) else "unnamed", str(error)
     except TimeoutError:

@@ -269,8 +269,9 @@ class Forks:
     def start(self, output: Path, *extra: str, **options) -> Run:
         return self.start_with(output, self.setup.options(output, *extra, **options))
 
-    def start_with(self, output: Path, words: list[str]) -> Run:
-        """Fork the ranks of a run with these options; stdout and stderr go to a file beside `output`."""
+    def start_with(self, output: Path, words: list[str], environment: dict[str, str] | None = None) -> Run:
+        """Fork the ranks of a run with these options; stdout and stderr go to a file beside `output`. `environment` is
+        what the launcher would have given besides."""
         threads = len(os.listdir("/proc/self/task"))
         if threads != 1:
             raise RuntimeError(f"{threads} threads in the forking process; a fork would lose their locks")
@@ -284,18 +285,20 @@ class Forks:
         for rank in range(RANKS):
             pid = os.fork()
             if pid == 0:
-                self._become_rank(rank, port, log, words)  # does not return
+                self._become_rank(
+                    {**self.environment[rank], **(environment or {})}, port, log, words
+                )  # does not return
             run.pids[rank] = pid
         return run
 
-    def _become_rank(self, rank: int, port: int, log: Path, words: list[str]) -> None:
+    def _become_rank(self, environment: dict[str, str], port: int, log: Path, words: list[str]) -> None:
         os.setsid()
         file = os.open(log, os.O_WRONLY | os.O_APPEND)
         for descriptor in (1, 2):
             os.dup2(file, descriptor)
         os.chdir(ROOT)
         os.environ.clear()
-        os.environ.update(self.environment[rank], MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        os.environ.update(environment, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         # no torchrun, no store of its own to join
         os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
         sys.argv = ["train_continual_2m.py", *words]
