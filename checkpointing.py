@@ -34,11 +34,16 @@ from pathlib import Path
 from config import MATHEMATICS, TrainConfig, UserError, read_json, run_main, unknown_key
 from durable_files import fsync_folder, write_file_durably
 from run_log import human_count, say
+from step_guard import WINDOW
 
 NAME = re.compile(r"checkpoint-step(\d+)$")
 TEMPORARY = ".writing-"
 SMALL_BYTES = 64 * 2**20  # files below are hashed by whoever looks at a checkpoint: 0.04 s
 REQUIRED = ("trainer_state.json", "config.json", "fp32.safetensors")
+
+
+class SaveError(OSError):
+    """A checkpoint could not be written; raised on every rank. Every complete checkpoint is as it was."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +113,7 @@ class Saver:
 
     Nothing is copied but the buffers and the fp32 leaves (kilobytes): what is written changes in the optimizer's step only.
     In the main thread because they are collectives: DeepSpeed's gathering of persistent parameters and the agreement of all
-    ranks. `needed`: see `expected_bytes`. All ranks must see one file system. OSError is raised on every rank, by `start`
+    ranks. `needed`: see `expected_bytes`. All ranks must see one file system. SaveError is raised on every rank, by `start`
     if the disk is too full and by `finish` if writing failed; every complete checkpoint stays.
     """
 
@@ -221,7 +226,7 @@ class Saver:
 
 
 def _on_rank_0(action, what: str) -> None:
-    """Run `action` on rank 0 while the others wait; its OSError is raised on every rank, since ranks fail together."""
+    """Run `action` on rank 0 while the others wait; its OSError becomes a SaveError on every rank, since ranks fail together."""
     import torch.distributed as dist
 
     problem = [None]
@@ -232,7 +237,7 @@ def _on_rank_0(action, what: str) -> None:
             problem = [f"{what}: {error}"]
     dist.broadcast_object_list(problem, src=0)
     if problem[0]:
-        raise OSError(problem[0])
+        raise SaveError(problem[0])
 
 
 def _set_aside(path: Path, why: str) -> Path:
@@ -429,6 +434,16 @@ def _impossible(path: Path, values: dict) -> list[str]:
     shards = len(list((path / "zero").glob("*optim_states.pt")))
     if values["world_size"] != shards:
         problems.append(f"{file}: world_size: {values['world_size']}, but zero/ holds the shards of {shards} processes")
+    losses, norms = values.get("recent_losses", []), values.get("recent_norms", [])
+    if (
+        len(losses) != len(norms)
+        or len(norms) > min(WINDOW, step - values["skipped_total"])
+        or min(norms, default=0) < 0
+    ):
+        problems.append(
+            f"{file}: recent_losses and recent_norms hold {len(losses)} and {len(norms)} numbers; they must be as many, at most "
+            f"{WINDOW}, not more than the steps done, and norms not negative"
+        )
     if not values["skipped_in_a_row"] <= values["skipped_total"] <= step:
         problems.append(
             f"{file}: skipped_in_a_row {values['skipped_in_a_row']} and skipped_total {values['skipped_total']} must not be "

@@ -42,14 +42,17 @@ def replay_step(engine, fp32, loader, schedule, step: int, *, seed: int, enter, 
         f"{plan.start_token:,} to {plan.start_token + plan.tokens:,}"
     )
     log.line(f"{'sequence':>9} {'rank':>5} {'micro-step':>11} {'loss':>10}  where")
-    for rank, records in enumerate(found):
-        for micro_step, row, loss in records:
-            sequence = (micro_step * schedule.world_size + rank) * schedule.batch + row
-            where = _place(loader, schedule, plan, sequence)
-            log.line(f"{sequence:>9} {rank:>5} {micro_step:>11} {loss:>10.4f}  {where}")
-    log.line(f"{'layer':<28} {'gradients':>10} {'norm':>12} {'not finite':>11}")
+    rows = [
+        ((micro_step * schedule.world_size + rank) * schedule.batch + row, rank, micro_step, loss)
+        for rank, records in enumerate(found)
+        for micro_step, row, loss in records
+    ]
+    for sequence, rank, micro_step, loss in sorted(rows):
+        where = _place(loader, schedule, plan, sequence)
+        log.line(f"{sequence:>9} {rank:>5} {micro_step:>11} {loss:>10.4f}  {where}")
+    log.line(f"{'layer':<36} {'gradients':>10} {'norm':>12} {'not finite':>11}")
     for name, (count, square, bad) in _layer_gradients(engine, fp32).items():
-        log.line(f"{name:<28} {human_count(count):>10} {math.sqrt(square):>12.5g} {bad:>11.0f}")
+        log.line(f"{name:<36} {human_count(count):>10} {math.sqrt(square):>12.5g} {bad:>11.0f}")
     log.line("replay: nothing was updated, nothing was saved")
 
 

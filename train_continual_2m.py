@@ -11,9 +11,9 @@ mistake costs a second), the planner says what the run needs, the model is loade
 is resumed if asked for, then one optimizer step after another. Everything that a step depends on is a pure function of
 (config, data, step): tokens, learning rate, random seed. So resuming needs the weights, the moments and the step.
 
-Exit codes: 0 done or stopped by SIGTERM/Ctrl-C with a checkpoint, 2 a mistake in the input, 3 five steps in a row with a
-non-finite loss or gradient or a spike of one (checkpoint written), 4 a rank died or hung (watchdog.py: all ranks end, the reason and every
-rank's stacks are in output_dir; the last checkpoint stands).
+Exit codes: 0 done or stopped by SIGTERM/Ctrl-C with a checkpoint, 2 a mistake in the input or a checkpoint that cannot be
+written, 3 five steps in a row with a non-finite loss or gradient or a spike of one (checkpoint written), 4 a rank died or hung
+(watchdog.py: all ranks end, the reason and every rank's stacks are in output_dir; the last checkpoint stands).
 
 Symbols: B sequences per micro-step and rank, T tokens of the stage.
 """
@@ -250,7 +250,10 @@ def find_resume(config: TrainConfig, dataset, schedule, model_config, deepspeed_
             f"{'skipped' if position > state.tokens_seen else 'read again'}"
         )
     if done.stage_index != state.stage:
-        say(f"WARNING: resume: {path} says stage {state.stage}, the curriculum {done.stage_index} at step {state.step}")
+        text = f"{path} says stage {state.stage}, the curriculum {done.stage_index} at step {state.step}"
+        if "curriculum" not in config.allowed_changes:
+            raise UserError(f"resume_from_checkpoint: {text}; trainer_state.json was changed")
+        say(f"WARNING: resume: {text}")
     return path, state
 
 
@@ -548,7 +551,14 @@ def train(config: TrainConfig, deepspeed_json: str, dataset, schedule, shape, pl
             end = min(config.num_train_steps, config.stop_after_steps or config.num_train_steps)
             meter = Meter(shape, config.trainable, schedule, device, accelerator.num_processes, end)
             run = Run(watch, meter.profiler, StopSignal(device), saver, guard)
-            exit_code = loop(engine, fp32, loader, schedule, config, plan, progress, meter, run, facts, log)
+            try:
+                exit_code = loop(engine, fp32, loader, schedule, config, plan, progress, meter, run, facts, log)
+            except checkpointing.SaveError as error:
+                log.warn(f"{error}; every complete checkpoint stays, the run ends")
+                raise UserError(
+                    f"output_dir: {error}; every complete checkpoint stays: make room, or give another --output_dir and name "
+                    "the checkpoint, then go on with --resume_from_checkpoint"
+                ) from None
         loader.close()
         watch.enter("end")
         log.close()

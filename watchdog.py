@@ -275,6 +275,9 @@ class Watchdog:
             if reason:
                 return reason
         if now - entered_at > limit_s:
+            silent = [p for r, p in peers.items() if p and p.state == RUNNING and now - self._seen[r][1] > 3 * BEAT_S]
+            if silent:
+                return f"{silent[0].who} has given no sign for {now - self._seen[silent[0].rank][1]:.0f} s; last phase: {silent[0].where}"
             return _overdue([self._mine(), *(p for p in peers.values() if p and p.state == RUNNING)], limit_s, phase)
         return None
 

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
+
+import watchdog
 
 ROOT = Path(__file__).resolve().parent.parent
 DEEPSPEED = str(ROOT / "demo" / "deepspeed.json")
@@ -23,7 +28,7 @@ def environment() -> dict[str, str]:
     }
 
 
-def command(script: str, *options: str, ranks: int) -> list[str]:
+def command(script: str, *options: str, ranks: int, restarts: int = 0) -> list[str]:
     launch = [
         sys.executable,
         "-m",
@@ -31,7 +36,8 @@ def command(script: str, *options: str, ranks: int) -> list[str]:
         "--config_file",
         str(ROOT / "demo" / "accelerate.yaml"),
     ]
-    return [*launch, "--num_processes", str(ranks), "--main_process_port", "0", script, *options]
+    launch += ["--num_processes", str(ranks), "--main_process_port", "0", "--max_restarts", str(restarts)]
+    return [*launch, script, *options]
 
 
 def launch(script: str, *options: str, ranks: int = 2, timeout_s: int = 300) -> subprocess.CompletedProcess:
@@ -51,6 +57,46 @@ def train(*options: str, ranks: int = 2) -> str:
     done = launch("train_continual_2m.py", *options, ranks=ranks)
     assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
     return done.stdout
+
+
+def signal_rank(output_dir: Path, rank: int, number: signal.Signals) -> int:
+    """Send a signal to a rank of the run that is going on there; returns its process id."""
+    newest = max((output_dir / watchdog.FOLDER).iterdir(), key=lambda folder: folder.stat().st_mtime)
+    pid = watchdog.read_heartbeat(newest / f"rank-{rank}").pid
+    os.kill(pid, number)
+    return pid
+
+
+def run_with_signals(
+    output_dir: Path, *options: str, signals: dict[str, tuple], restarts: int = 0, timeout_s: int = 300
+):
+    """Launch two ranks; at the first line that starts with each key of `signals`, in order, send (signal, rank).
+
+    Returns (exit code, stdout, stderr, seconds from the last signal to the end).
+    """
+    waiting = list(signals.items())
+    sent_at, lines = 0.0, []
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(
+            ["timeout", str(timeout_s), *command("train_continual_2m.py", *options, ranks=2, restarts=restarts)],
+            cwd=ROOT,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        ) as process,
+    ):
+        for line in process.stdout:
+            lines.append(line)
+            if waiting and line.startswith(waiting[0][0]):
+                _, (number, rank) = waiting.pop(0)
+                signal_rank(output_dir, rank, number)
+                sent_at = time.monotonic()
+        process.wait()
+        seconds = time.monotonic() - sent_at
+        errors.seek(0)
+        return process.returncode, "".join(lines), errors.read(), seconds
 
 
 def metrics(output_dir: Path) -> dict[int, dict]:

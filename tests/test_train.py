@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import math
+import re
 import signal
 import subprocess
 import time
@@ -53,7 +55,7 @@ def uninterrupted(folder):
         *("--data_dir", str(folder / "tokens"), "--output_dir", str(folder / "whole")),
         *("--model_config", str(folder / "model.json"), "--deepspeed", launched.DEEPSPEED),
         *("--curriculum", CURRICULUM, "--num_train_steps", str(STEPS), "--learning_rate", "1e-3"),
-        *("--warmup_steps", "2", "--gradient_accumulation_steps", "2", "--save_steps", "100"),
+        *("--warmup_steps", "2", "--gradient_accumulation_steps", "2", "--save_steps", "3"),
         *("--segment_tokens", "32", "--token_tile", "48", "--heads_per_group", "1"),
         *("--wandb_project", "test", "--wandb_mode", "offline"),
     )
@@ -107,6 +109,92 @@ def test_stops_before_on_and_after_a_stage_switch_then_equals_the_uninterrupted_
         launched.train(*options("chain", *resume, "--stop_after_steps", str(stop_after)))
     launched.train(*options("chain", "--resume_from_checkpoint", str(folder / "chain" / "checkpoint-step4")))
     assert launched.losses(folder / "chain") == uninterrupted[1]
+
+
+def records_of(checkpoint):
+    """Size and SHA-256 of each file but trainer_state.json's, and the state."""
+    records = json.loads((checkpoint / "files.json").read_text())
+    return records, checkpointing.read_state(checkpoint)
+
+
+def test_a_save_behind_the_next_step_holds_what_one_that_waits_holds(folder, uninterrupted):
+    """Step 3 was saved while step 4 ran in the one, before an exit in the other; step 8 after different histories."""
+    assert "checkpoint-step3 (" in uninterrupted[0] and "training waited" in uninterrupted[0]
+    for step in (3, 8):
+        background = folder / "whole" / f"checkpoint-step{step}"
+        waiting = folder / "chain" / f"checkpoint-step{step}"
+        assert waiting.is_dir(), "made by test_stops_before_on_and_after_a_stage_switch_..."
+        assert records_of(background) == records_of(waiting)
+        assert checkpointing.incomplete_reason(background, checksums=True) is None
+
+
+def test_killed_ranks_are_started_again_and_nothing_is_lost(options, folder, uninterrupted):
+    """`accelerate launch --max_restarts`: one rank killed before there is a checkpoint, the other one after."""
+    code, output, errors, _ = launched.run_with_signals(
+        folder / "killed",
+        *options("killed", "--resume_from_checkpoint", "latest", "--save_steps", "3"),
+        signals={"step      1/": (signal.SIGKILL, 1), "step      5/": (signal.SIGKILL, 0)},
+        restarts=2,
+    )
+    assert code == 0, output[-2000:] + errors[-4000:]
+    assert output.count("yet, starting at step 0") == 2 and "resumed from" in output
+    assert launched.losses(folder / "killed") == uninterrupted[1]
+
+
+def test_a_stopped_rank_ends_the_run_and_is_named(options, folder):
+    code, _, errors, seconds = launched.run_with_signals(
+        folder / "stopped",
+        *options("stopped", "--hang_timeout_minutes", "0.15"),
+        signals={"step      2/": (signal.SIGSTOP, 0)},
+    )
+    # 9 s of silence, two looks of 2 s, 6 s to dump stacks, and the launcher's own end
+    assert code != 0 and seconds < 30, seconds
+    assert re.search(
+        r"ERROR: rank 0 \(process .* has (been stopped|given no sign) for \d+ s.*; last phase: \w+ of step", errors
+    )
+    assert "exitcode  : 4" in errors
+    assert "ERROR: rank 0" in (folder / "stopped" / "log.txt").read_text()
+    for rank in (0, 1):
+        (stacks,) = (folder / "stopped").glob(f"hang-*-rank{rank}.txt")
+        assert "train_continual_2m.py" in stacks.read_text()
+
+
+def test_a_step_replayed_alone_says_what_the_run_saw_and_leaves_no_trace(options, folder, uninterrupted, monkeypatch):
+    """Step 7 (counted from 1) on the weights after step 6; with another learning rate allowed, and a secret in the options."""
+    before = sorted(str(path) for path in (folder / "whole").rglob("*") if "checkpoint" in str(path))
+    lines = (folder / "whole" / "metrics.jsonl").read_text()
+    monkeypatch.setenv("SOME_API_TOKEN", "correct-horse-battery")
+    output = launched.train(
+        *options("whole", "--resume_from_checkpoint", str(folder / "whole" / "checkpoint-step6"), "--replay_step", "6"),
+        *("--learning_rate", "3e-3", "--allow_changed", "learning_rate", "--wandb_run_name", "correct-horse-battery"),
+    )
+    rows = re.findall(r"^ +(\d+) +\d +\d +(\d+\.\d+)  stream ([\d,]+) to .*shard_0", output, re.M)
+    assert sorted(int(row[0]) for row in rows) == [0, 1, 2, 3]
+    assert sum(float(row[1]) for row in rows) / 4 == pytest.approx(uninterrupted[1][6], abs=1e-4)
+    norms = [float(value) for value in re.findall(r"^[a-z][\w.]+ +[\d.]+[KM]? +([\d.e-]+) +0$", output, re.M)]
+    expected = launched.metrics(folder / "whole")[7]["grad_norm"]
+    assert math.hypot(*norms) == pytest.approx(expected, rel=1e-3)
+    assert "learning_rate: the checkpoint has 0.001, this run 0.003: allowed" in output
+    assert sorted(str(path) for path in (folder / "whole").rglob("*") if "checkpoint" in str(path)) == before
+    assert (folder / "whole" / "metrics.jsonl").read_text() == lines
+    written = output + (folder / "whole" / "log.txt").read_text()
+    written += (folder / "whole" / "resolved_config.json").read_text()
+    assert "correct-horse-battery" not in written and "<SOME_API_TOKEN>" in written
+
+
+def test_a_gradient_spike_is_skipped_before_the_update_and_resume_is_bit_equal(options, folder):
+    extra = ("--num_train_steps", "21", "--save_steps", "18")
+    done = launched.launch("tests/spike_worker.py", *options("spike", *extra, curriculum="0:64"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    records = launched.metrics(folder / "spike")
+    assert [step for step, record in sorted(records.items()) if record["skipped"]] == [18]
+    assert "more than 10 times" in records[18]["skip_reason"] and records[18]["start_token"] == 17 * 4 * 64
+    state = checkpointing.read_state(folder / "spike" / "checkpoint-step18")
+    assert len(state.recent_norms) == 17 and records[18]["grad_norm"] not in state.recent_norms
+    again = ("--resume_from_checkpoint", str(folder / "spike" / "checkpoint-step18"))
+    launched.train(*options("spike2", *extra, *again, curriculum="0:64"))
+    resumed = launched.metrics(folder / "spike2")
+    assert {step: resumed[step]["loss"] for step in resumed} == {step: records[step]["loss"] for step in (19, 20, 21)}
 
 
 def test_sigterm_inside_an_accumulation_loses_nothing(options, folder, uninterrupted):
