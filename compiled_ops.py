@@ -4,11 +4,9 @@
     optimizer = exact(DeepSpeedCPUAdam(groups, ...))    # an update is a function of its arguments
 
 torch builds an extension at its first use and guards the build with a plain file `lock` beside it. A process killed in
-those seconds (a minute at the first start, two seconds at the others) leaves the file behind, and every later start waits
-for it without a word and without end. Here each process that loads holds a shared flock on a file of ours, which the kernel
-releases with the process: whoever can have it exclusively knows that nobody is loading, and that a `lock` is a dead one's.
-
-Does not help against a program that builds the same ops without this file; it may find its lock taken away.
+those seconds (a minute at the first start) leaves the file behind, and every later start waits for it without a word and
+without end. Here one process of ours loads at a time, under a flock that the kernel releases with the process; a `lock`
+that is there then and that no process has open is a dead one's. A living one of another program is left alone.
 """
 
 from __future__ import annotations
@@ -27,17 +25,21 @@ def loading(folder: Path, say):
     """Hold the flock of an extension's build folder while its op is built and loaded; first remove a dead one's `lock`."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / OURS, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            pass  # others are at it, and torch's own lock is alive
-        else:
-            lock = folder / "lock"
-            if lock.exists():
-                say(f"WARNING: {lock} was left by a process that was killed while it built this op; removed")
-                lock.unlink(missing_ok=True)
-        fcntl.flock(file, fcntl.LOCK_SH)
+        fcntl.flock(file, fcntl.LOCK_EX)
+        lock = folder / "lock"
+        if lock.exists() and not _is_open(lock):
+            say(f"WARNING: {lock} was left by a process that was killed while it built this op; removed")
+            lock.unlink(missing_ok=True)
         yield
+
+
+def _is_open(path: Path) -> bool:
+    """Whether a process of this machine (that we may look into) has the file open, as torch has while it builds."""
+    for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):
+            if os.path.samefile(descriptor, path):
+                return True
+    return False
 
 
 def load_cpu_ops(say) -> None:
@@ -49,13 +51,15 @@ def load_cpu_ops(say) -> None:
     from deepspeed.accelerator import get_accelerator
     from torch.utils.cpp_extension import _get_build_directory
 
+    say("ops: loading DeepSpeed's C++ ops (compiled at the first start on a machine: about a minute)")
     own = str(Path(sys.executable).parent)
     os.environ["PATH"] = os.pathsep.join([own, *(p for p in os.environ.get("PATH", "").split(os.pathsep) if p != own)])
     accelerator = get_accelerator()
-    say("ops: loading DeepSpeed's C++ ops (compiled at the first start on a machine: about a minute)")
     names = ["CPUAdamBuilder"] + (["ShareMemCommBuilder"] if accelerator.device_name() == "cpu" else [])
     for name in names:
         builder = accelerator.create_op_builder(name)
+        flags = builder.cxx_args()  # asks for the processor's features: two seconds that need no lock
+        builder.cxx_args = lambda flags=flags: list(flags)
         with loading(Path(_get_build_directory(builder.NAME, verbose=False)), say):
             builder.load(verbose=False)
 
