@@ -1,11 +1,12 @@
 # make demo   the whole pipeline at 1/1024 scale on this machine (under 8 minutes on 2 cores)
 # make test   lint, then every CPU test (GPU tests skip without a GPU)
 # make check  the same as make test, plus a check that the code is formatted
-# Both make their own .venv first. PYTHON picks the interpreter (3.11 or 3.12).
+# make faults the fault campaign: kills, full disks, damaged files, hangs; benchmarks/results/faults.jsonl (under 20 minutes)
+# All make their own .venv first. PYTHON picks the interpreter (3.11 or 3.12).
 PYTHON ?= $(shell for p in python3 python3.12 python3.11; do $$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' >/dev/null 2>&1 && echo $$p && break; done)
 BIN := .venv/bin
 
-.PHONY: demo test check clean
+.PHONY: demo test check faults clean
 demo: .venv/ready
 	bash demo/run.sh
 
@@ -16,6 +17,9 @@ test: .venv/ready
 check: .venv/ready
 	$(BIN)/ruff format --check .
 	$(MAKE) test
+
+faults: .venv/ready
+	$(BIN)/python benchmarks/fault_campaign.py
 
 .venv/ready: requirements.txt requirements-dev.txt
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or 3.12 found; install one, or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12"; exit 2; }

@@ -21,14 +21,15 @@ OURS = "loading.flock"
 
 
 @contextlib.contextmanager
-def loading(folder: Path, say):
+def loading(folder: Path):
     """Hold the flock of an extension's build folder while its op is built and loaded; first remove a dead one's `lock`."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / OURS, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         lock = folder / "lock"
         if lock.exists() and not _is_open(lock):
-            say(f"WARNING: {lock} was left by a process that was killed while it built this op; removed")
+            text = f"WARNING: {lock} was left by a process that was killed while it built this op; removed"
+            print(text, file=sys.stderr, flush=True)  # by the rank that came first, whichever it is
             lock.unlink(missing_ok=True)
         yield
 
@@ -60,7 +61,7 @@ def load_cpu_ops(say) -> None:
         builder = accelerator.create_op_builder(name)
         flags = builder.cxx_args()  # asks for the processor's features: two seconds that need no lock
         builder.cxx_args = lambda flags=flags: list(flags)
-        with loading(Path(_get_build_directory(builder.NAME, verbose=False)), say):
+        with loading(Path(_get_build_directory(builder.NAME, verbose=False))):
             builder.load(verbose=False)
 
 

@@ -339,6 +339,19 @@ def signals(campaign: Campaign) -> None:
     chain.finish()
 
 
+def build_lock(campaign: Campaign) -> None:
+    """What a rank killed while torch builds an op leaves behind: later starts must not wait for its lock."""
+    lock = Path(os.environ["TORCH_EXTENSIONS_DIR"]) / "cpu_adam" / "lock"
+    lock.touch()
+    with campaign.fault("lock of a killed op build", done="a start beside it, through the launcher") as facts:
+        run = campaign.start(campaign.work / "lock", "--stop_after_steps", "2", by_launcher=True)
+        run.finish(timeout_s=120)
+        facts |= {"how": run.how, "exit_codes": run.codes}
+        if not run.succeeded() or "was left by a process that was killed" not in run.said():
+            raise Unexpected(f"exit codes {run.codes}: {last_words(run)}")
+        facts["seen"] = "removed, said so, two steps done"
+
+
 # ---------------------------------------------------------------------------- disks and checkpoint files
 
 
@@ -692,7 +705,10 @@ def mutated_starts(campaign: Campaign, accepted: list[tuple[dict, str]]) -> None
 
 # ---------------------------------------------------------------------------- the command
 
-KINDS = {f.__name__: f for f in (kills, signals, disk, checkpoint_files, latest, data, hang, memory, nan, mutations)}
+KINDS = {
+    f.__name__: f
+    for f in (kills, signals, build_lock, disk, checkpoint_files, latest, data, hang, memory, nan, mutations)
+}
 EXPECTED = {
     "forked ranks equal launched ones": "bit-equal",
     "SIGKILL of a rank": "no complete checkpoint lost, resumes",
@@ -700,6 +716,7 @@ EXPECTED = {
     "SIGTERM to a rank": "checkpoint of the last step, exit 0",
     "SIGINT to a rank": "checkpoint of the last step, exit 0",
     "signal: the end": "losses and final checkpoint bit-equal",
+    "lock of a killed op build": "removed, the run starts",
     "disk full during a save": "said; complete checkpoints stay",
     "disk too full for a save": "said; complete checkpoints stay",
     "room again after a full disk": "resumes, bit-equal",

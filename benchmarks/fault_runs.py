@@ -22,6 +22,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -67,7 +68,17 @@ class Setup:
         work.mkdir(parents=True, exist_ok=True)
         tiny.write_tokens(work / "tokens", documents=60)  # so few that the run reads the second shard, too
         (work / "model.json").write_text(json.dumps(tiny.CONFIG))
+        cls._own_extensions(work / "extensions")
         return cls(work, steps, f"0:64,{steps // 3}:96,{2 * steps // 3}:128")
+
+    @staticmethod
+    def _own_extensions(folder: Path) -> None:
+        """A copy of torch's folder of compiled ops for these runs: ranks are killed while they load them."""
+        from torch.utils.cpp_extension import _get_build_directory
+
+        theirs = Path(_get_build_directory("cpu_adam", verbose=False)).parent
+        shutil.copytree(theirs, folder, ignore=shutil.ignore_patterns("lock", ".ninja_lock"), dirs_exist_ok=True)
+        os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
 
     def options(self, output: Path, *extra: str, data: Path | None = None, curriculum: str | None = None) -> list[str]:
         return [
