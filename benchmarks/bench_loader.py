@@ -2,10 +2,11 @@
 
     python benchmarks/bench_loader.py --work WORK            # writes 4 GiB of shards there, then reads them
 
-warm    every page in the page cache
-cold    the files' pages dropped before (posix_fadvise DONTNEED), so that reads go to the disk
+warm    every page in the page cache, every shard's checksum compared before
+first   the same when each shard is used for the first time: its SHA-256 is compared before its tokens are served
+cold    first use with the files' pages dropped before (posix_fadvise DONTNEED), so that reads go to the disk
 train   windows taken while the process computes between them, with prefetch: how long micro_batch waits
-resume  open the folder in a fresh process and take the first batch of steps all over the schedule
+resume  open the folder in a fresh process and take the first batch of steps all over the schedule, checksum included
 Each figure is the median of the runs; raw values go to benchmarks/results/loader.json.
 """
 
@@ -80,9 +81,12 @@ def resident_mib() -> float:
     return int(line.split()[1]) / 1024
 
 
-def windows(folder: Path, count: int, *, prefetch: bool, work_s: float = 0.0) -> dict:
+def windows(folder: Path, count: int, *, prefetch: bool, work_s: float = 0.0, first_use: bool = False) -> dict:
     """Take `count` windows one after another, `work_s` seconds of other work between them."""
     dataset = data_loader.open_dataset(str(folder))
+    if not first_use:
+        for shard in range(len(dataset.manifest.shards)):
+            dataset.read_shard_into(np.empty(1, data_loader.TOKEN_DTYPE), shard, 0)
     with data_loader.WindowLoader(dataset, schedule(count), seed=0, rank=0, prefetch=prefetch) as loader:
         waits = []
         begin = time.perf_counter()
@@ -130,13 +134,14 @@ def main() -> None:
             [sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
         )
     count = args.gib * (1 << 30) // 4 // WINDOW
-    runs: dict[str, list] = {"cold": [], "warm": [], "warm_no_prefetch": [], "train": []}
+    runs: dict[str, list] = {"cold": [], "first": [], "warm": [], "warm_no_prefetch": [], "train": []}
     for _ in range(args.runs):
         drop_from_cache(folder)
-        runs["cold"].append(windows(folder, count, prefetch=True))
+        runs["cold"].append(windows(folder, count, prefetch=True, first_use=True))
+        runs["first"].append(windows(folder, count, prefetch=True, first_use=True))
         runs["warm"].append(windows(folder, count, prefetch=True))
         runs["warm_no_prefetch"].append(windows(folder, count, prefetch=False))
-        runs["train"].append(windows(folder, 40, prefetch=True, work_s=0.05))
+        runs["train"].append(windows(folder, 40, prefetch=True, work_s=0.05, first_use=True))
     resumes = {step: resume_ms(folder, step) for step in (0, 1, 777, 15_000, 29_999)}
     report = {
         "environment": {"commit": git_commit(), "versions": versions(("numpy",)), "load": os.getloadavg()},

@@ -43,8 +43,9 @@ STEPS = 24
 KEPT = 3  # --save_total_limit
 LATEST = ("--resume_from_checkpoint", "latest")
 IN_A_STEP = ("data", "forward", "backward", "optimizer")
-PHASES = ("load", "save", "save", *IN_A_STEP)
-DELAY_S = 0.03  # about the length of a phase here
+PHASES = ("load", "save", *IN_A_STEP)
+# How long after a phase's begin a kill comes at most: about as long as the phase takes here
+DELAY_S = {"data": 0.001, "forward": 0.02, "backward": 0.02, "optimizer": 0.003, "save": 0.03}
 # What a failed allocation says in Python, torch, C++, the kernel and oneDNN
 OUT_OF_MEMORY = (
     "MemoryError",
@@ -149,10 +150,14 @@ class Campaign:
             run.wait_for(lambda beat: beat["phase"] in IN_A_STEP, rank=0)
             self.load_s["forked"] = time.monotonic() - begun
             run.finish()
+            if not run.succeeded():
+                raise Unexpected(f"exit codes {run.codes}: {last_words(run)}")
             facts["seen"] = self.same_end(run.output)
 
     def same_end(self, output: Path) -> str:
         """Raise Unexpected unless losses and final checkpoint are those of the undisturbed run, bit for bit."""
+        if not (output / "metrics.jsonl").exists():
+            raise Unexpected(f"no step was done: {output.with_name(f'{output.name}.log').read_text()[-800:]}")
         losses = launched.losses(output)
         if losses != self.losses:
             step = next((i for i, (a, b) in enumerate(zip(losses, self.losses, strict=False)) if a != b), len(losses))
@@ -211,10 +216,10 @@ def writing(output: Path) -> dict[str, int]:
 
 def wait_for_moment(campaign: Campaign, run: Run, draw, rank: int, phases) -> tuple[bool, str]:
     """Wait for a drawn phase and a drawn time inside it; (whether the run still goes on, the phase aimed at)."""
-    aim, later_steps, delay_s = draw.choice(phases), draw.randint(0, 3), draw.uniform(0, DELAY_S)
+    aim, later_steps, fraction = draw.choice(phases), draw.randint(0, 3), draw.random()
     if aim == "load":
         run.rank_pid(rank)
-        ready_at = run.started + draw.uniform(0, campaign.load_s[run.how])
+        ready_at = run.started + fraction * campaign.load_s[run.how]
         return run.wait_until(lambda: time.monotonic() > ready_at), aim
     first: list[int] = []
 
@@ -229,7 +234,7 @@ def wait_for_moment(campaign: Campaign, run: Run, draw, rank: int, phases) -> tu
         going_on = run.wait_until(lambda: writing(run.output).items() - stale.items())
     else:
         going_on = run.wait_for(in_phase, rank=rank)
-    time.sleep(delay_s)
+    time.sleep(fraction * DELAY_S[aim])
     return going_on, aim
 
 
@@ -262,8 +267,7 @@ class Chain:
 
     def finish(self) -> None:
         if self.output.exists():
-            run = self.start(by_launcher=False)
-            run.finish()
+            self.start(by_launcher=False).finish()
             self.finished()
 
 

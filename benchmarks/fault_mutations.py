@@ -257,8 +257,8 @@ class Start:
 
 # What a start writes down: resolved_config.json holds these, the log's header the manifest's hash
 SHOWN = {"options", "deepspeed", "model", "manifest_hash"}
-# Facts of the past that a checkpoint's state records and nothing computes with; the model card repeats them
-RECORDED = {"versions", "model", "tokenizer", "skipped_total"}
+# Facts of the past that a checkpoint's state records and nothing computes with; log and model card repeat them
+RECORDED = {"versions", "model", "tokenizer", "skipped_total", "tokens_seen", "stage"}
 
 
 def judge(before: dict, after: dict, said: str, target: Target) -> tuple[str, str]:
