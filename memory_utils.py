@@ -642,13 +642,16 @@ def compare_text(plan: Plan, seq_length: int, peaks: dict[str, PhasePeak]) -> st
         compared = (
             f"process {host[1] / GIB:.2f} GiB, on the CPU; the plan is one for a GPU, so there is nothing to compare"
         )
-    show = lambda p: (p.gpu_allocated, p.gpu_reserved, p.process) if gpu[1] else (p.process,)  # noqa: E731
+    return f"memory of this rank at {seq_length:,} tokens: {compared}\n  {phases_text(peaks)}"
+
+
+def phases_text(peaks: dict[str, PhasePeak]) -> str:
+    """Each phase's peaks on one line; the GPU's where one was used."""
+    on_gpu = any(peak.gpu_reserved for peak in peaks.values())
+    show = lambda p: (p.gpu_allocated, p.gpu_reserved, p.process) if on_gpu else (p.process,)  # noqa: E731
     phases = [f"{name} {' / '.join(f'{size / GIB:.2f}' for size in show(p))}" for name, p in peaks.items()]
-    what = "GPU allocated / reserved / process" if gpu[1] else "process"
-    return (
-        f"memory of this rank at {seq_length:,} tokens: {compared}\n"
-        f"  peaks per phase, GiB ({what}): {'; '.join(phases)}"
-    )
+    what = "GPU allocated / reserved / process" if on_gpu else "process"
+    return f"peaks per phase, GiB ({what}): {'; '.join(phases)}"
 
 
 # ---------------------------------------------------------------------------------------------- what to change

@@ -22,14 +22,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime
-import itertools
 import json
 import math
 import os
 import signal
 import time
-import warnings
 from pathlib import Path
 
 import data_loader
@@ -46,8 +43,10 @@ from config import (
     run_main,
     world_size_of,
 )
-from run_log import RunLog, git_commit, human_count, human_time, say, versions
+from deepspeed_start import make_optimizer, resolve_deepspeed, start_accelerator
+from run_log import RunLog, git_commit, human_count, say, versions
 from step_guard import StepGuard
+from step_meter import Meter
 
 MAX_SKIPS_IN_A_ROW = 5
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "fla-core", "flash-attn-4", "triton", "numpy", "wandb")
@@ -284,81 +283,6 @@ def verify_resume(config: TrainConfig, dataset, schedule, model_config, deepspee
 # ---------------------------------------------------------------------------------------------- start-up
 
 
-def resolve_deepspeed(path: str, config: TrainConfig) -> dict:
-    """The DeepSpeed JSON with every 'auto' that the training config owns filled in.
-
-    Accumulation is counted by the loop itself, since it may change from stage to stage; DeepSpeed is told the number for
-    its own records and asked not to scale the loss by it.
-    """
-    ds = read_json(path)
-    ds["train_micro_batch_size_per_gpu"] = config.per_device_train_batch_size
-    ds["gradient_accumulation_steps"] = config.gradient_accumulation_steps
-    ds["gradient_clipping"] = config.max_grad_norm
-    ds.pop("train_batch_size", None)
-    ds["bf16"] = {**ds.get("bf16", {}), "enabled": config.bf16}
-    # Accelerate would replace our CPU AdamW by one of its own making with adamw_mode=False: weight decay then goes
-    # through the moments as L2 (seen in accelerate 1.15), which trains another model
-    ds["zero_force_ds_cpu_optimizer"] = False
-    return ds
-
-
-def start_accelerator(config: TrainConfig, deepspeed_json: str, *, collective_timeout_s: float = 1800):
-    """Accelerate with DeepSpeed ZeRO-3 on GPUs (nccl) or, without any, on CPU processes (gloo).
-
-    `collective_timeout_s`: Accelerate's own 10 minutes are shorter than the wait for a rank that compiles its kernels.
-    """
-    import torch
-    from accelerate import Accelerator, DeepSpeedPlugin
-    from accelerate.utils import InitProcessGroupKwargs
-
-    from compiled_ops import load_cpu_ops
-
-    # Accelerate reads the JSON's path from the environment too and would keep its 'auto's; the plugin has them filled in
-    os.environ.pop("ACCELERATE_DEEPSPEED_CONFIG_FILE", None)
-    ds = resolve_deepspeed(deepspeed_json, config)
-    offload = ds["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
-    if offload or not torch.cuda.is_available():
-        load_cpu_ops(say)
-    plugin = DeepSpeedPlugin(hf_ds_config=ds, zero3_init_flag=True)
-    # Without gloo Accelerate has no DeepSpeed-on-CPU path: every process would believe it is rank 0 of 1
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    handlers = [InitProcessGroupKwargs(backend=backend, timeout=datetime.timedelta(seconds=collective_timeout_s))]
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
-        join_restarted_processes(backend, collective_timeout_s)
-    # torch deprecated the collectives that DeepSpeed calls; a line per call and rank would bury the log
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    return Accelerator(
-        deepspeed_plugin=plugin,
-        mixed_precision="bf16" if config.bf16 else "no",
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        kwargs_handlers=handlers,
-    )
-
-
-def join_restarted_processes(backend: str, timeout_s: float) -> None:
-    """The process group after `accelerate launch --max_restarts` has started the ranks again.
-
-    The launcher keeps its key-value store, in which torch 2.13 then finds the addresses of the dead ranks under the same
-    keys (seen: connection refused, or ranks waiting for each other). So each attempt gets keys of its own.
-    """
-    import torch
-    from torch.distributed import PrefixStore, TCPStore, init_process_group
-
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return  # rank 0 hosts a store of its own: it is new
-    timeout = datetime.timedelta(seconds=timeout_s)
-    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout)
-    prefix = f"attempt-{os.environ['TORCHELASTIC_RESTART_COUNT']}"
-    init_process_group(
-        backend,
-        store=PrefixStore(prefix, store),
-        rank=int(os.environ["RANK"]),
-        world_size=int(os.environ["WORLD_SIZE"]),
-        timeout=timeout,
-        device_id=torch.device("cuda", int(os.environ["LOCAL_RANK"])) if backend == "nccl" else None,
-    )
-
-
 def phase_limits(config: TrainConfig, plan, checkpoint_bytes: int) -> watchdog.Limits:
     """How long a phase may take before the run counts as hung: from the planner's slowest micro-step."""
     predicted = [stage.step_seconds / stage.micro_steps for stage in plan.stages if stage.step_seconds]
@@ -391,33 +315,6 @@ def cap_gpu_memory(config: TrainConfig, device) -> None:
     if config.gpu_memory_gib and device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory / 2**30
         torch.cuda.set_per_process_memory_fraction(min(1.0, config.gpu_memory_gib / total), device)
-
-
-def make_optimizer(model, config: TrainConfig, deepspeed_json: str, log: RunLog):
-    """AdamW where the states live: DeepSpeed's CPU Adam when they are offloaded, torch's fused one otherwise."""
-    import torch
-
-    from kimi_model import parameter_groups
-
-    groups = parameter_groups(model, config.weight_decay)
-    if not groups:
-        raise UserError(f"trainable: {config.trainable!r} leaves no parameter to train in this model")
-    common = {
-        "lr": 0.0,  # set before every step; DeepSpeed takes a first step of its own when it allocates the moments
-        "betas": (config.adam_beta1, config.adam_beta2),
-        "eps": config.adam_epsilon,
-    }
-    zero = read_json(deepspeed_json)["zero_optimization"]
-    if (zero.get("offload_optimizer") or {}).get("device", "none") != "none":
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-        from compiled_ops import exact
-
-        log.line("optimizer: DeepSpeed CPU Adam")
-        bf16_moments = (read_json(deepspeed_json).get("bf16") or {}).get("bf16_optimizer_states") is True
-        return exact(DeepSpeedCPUAdam(groups, adamw_mode=True, fp32_optimizer_states=not bf16_moments, **common))
-    log.line("optimizer: torch AdamW")
-    return torch.optim.AdamW(groups, **common)
 
 
 def write_header(log: RunLog, config: TrainConfig, deepspeed_json: str, accelerator, model_config, dataset) -> None:
@@ -512,7 +409,11 @@ def train(config: TrainConfig, deepspeed_json: str, dataset, schedule, shape, pl
         write_header(log, config, deepspeed_json, accelerator, model_config, dataset)
         if resume:
             resume = verify_resume(config, dataset, schedule, model_config, deepspeed_json, resume, log)
-        engine, fp32 = build(config, deepspeed_json, dataset, plan, model_config, accelerator, resume, log)
+        profiler = memory_utils.PhaseProfiler()
+        with profiler.phase("load"):
+            engine, fp32 = build(config, deepspeed_json, dataset, plan, model_config, accelerator, resume, log)
+        loaded = memory_utils.phases_text(profiler.peaks)
+        log.line(f"model and optimizer ready in {profiler.peaks['load'].seconds:.1f} s; {loaded}")
         loader = data_loader.WindowLoader(dataset, schedule, seed=config.seed, rank=rank)
         progress = Progress()
         guard = StepGuard(norm_factor=config.spike_factor, loss_factor=config.loss_spike_factor)
@@ -549,8 +450,9 @@ def train(config: TrainConfig, deepspeed_json: str, dataset, schedule, shape, pl
             )
             log.line(f"stop: 'kill -TERM {os.getpid()}' or Ctrl-C ends the run after its micro-step, with a checkpoint")
             end = min(config.num_train_steps, config.stop_after_steps or config.num_train_steps)
-            meter = Meter(shape, config.trainable, schedule, device, accelerator.num_processes, end)
-            run = Run(watch, meter.profiler, StopSignal(device), saver, guard)
+            ranks, gpu = accelerator.num_processes, found_gpu()[0]
+            meter = Meter(shape, config.trainable, schedule, profiler, device, ranks, end, gpu)
+            run = Run(watch, profiler, StopSignal(device), saver, guard)
             try:
                 exit_code = loop(engine, fp32, loader, schedule, config, plan, progress, meter, run, facts, log)
             except checkpointing.SaveError as error:
@@ -571,7 +473,7 @@ def build(config: TrainConfig, deepspeed_json: str, dataset, plan, model_config,
     import checkpointing
     import kimi_model
 
-    started, device = time.perf_counter(), accelerator.device
+    device = accelerator.device
     model = kimi_model.load_model(config, model_config, device=device)
     source = None if config.model_config else config.model_name_or_path
     fp32_leaves, fp32_buffers = kimi_model.take_fp32(model, checkpoint=source, device=device)
@@ -583,7 +485,6 @@ def build(config: TrainConfig, deepspeed_json: str, dataset, plan, model_config,
     fp32 = kimi_model.Fp32Optimizer(fp32_leaves, fp32_buffers, config)
     if resume:
         checkpointing.load_checkpoint(engine, fp32, *resume, log=log)
-    log.line(f"model and optimizer ready in {time.perf_counter() - started:.1f} s")
     return engine, fp32
 
 
@@ -779,91 +680,6 @@ def train_step(
             fp32.step(lr=learning_rate, clip_factor=factor)
             run.guard.accept()
     return StepResult(run.guard.loss, run.guard.norm, skipped)
-
-
-class Meter:
-    """Time, speed and memory of each step, and how long the rest takes at the speed in FLOP/s seen so far."""
-
-    def __init__(self, shape, trainable: str, schedule, device, world_size: int, end: int):
-        self.shape, self.trainable, self.schedule = shape, trainable, schedule
-        self.device, self.world_size, self.end = device, world_size, end
-        self.peak = memory_utils.peak_flops(found_gpu()[0]) if device.type == "cuda" else None
-        self.flops_per_second: float | None = None
-        self.profiler = memory_utils.PhaseProfiler()
-        self.stage: int | None = None
-        self.stage_peaks: dict[str, memory_utils.PhasePeak] = {}
-
-    def flops_of(self, step: int) -> float:
-        """Model FLOPs of an optimizer step: forward and backward, no recompute."""
-        plan = self.schedule.step(step)
-        terms = memory_utils.model_flops_per_step(self.shape, plan.seq_length, plan.sequences, trainable=self.trainable)
-        return sum(terms.values())
-
-    def remaining_flops(self, next_step: int) -> float:
-        starts = [stage.start_step for stage in self.schedule.stages] + [self.end]
-        total = 0.0
-        for first, last in itertools.pairwise(starts):
-            steps = min(last, self.end) - max(first, next_step)
-            if steps > 0:
-                total += steps * self.flops_of(first)
-        return total
-
-    def start(self) -> None:
-        self.profiler.peaks.clear()
-        self.started = time.perf_counter()
-
-    def finish(self, step_plan, result: StepResult, learning_rate: float) -> dict:
-        seconds = time.perf_counter() - self.started
-        flops = self.flops_of(step_plan.step)
-        phases = self.profiler.peaks
-        if self.stage != step_plan.stage_index:
-            self.stage, self.stage_peaks = step_plan.stage_index, {}
-        for name, peak in phases.items():
-            highest = self.stage_peaks.setdefault(name, memory_utils.PhasePeak())
-            for key in ("gpu_allocated", "gpu_reserved", "pinned", "process"):
-                setattr(highest, key, max(getattr(highest, key), getattr(peak, key)))
-        # The first steps hold compilation and warm-up: forget them quickly
-        now = flops / seconds
-        self.flops_per_second = now if self.flops_per_second is None else 0.5 * self.flops_per_second + 0.5 * now
-        return {
-            "step": step_plan.step + 1,
-            "stage": step_plan.stage_index,
-            "seq_length": step_plan.seq_length,
-            "sequences": step_plan.sequences,
-            "loss": result.loss,
-            "grad_norm": result.grad_norm,
-            "skipped": bool(result.skipped),
-            "skip_reason": result.skipped,
-            "start_token": step_plan.start_token,
-            "learning_rate": learning_rate,
-            "seconds": seconds,
-            "tokens_per_second": step_plan.tokens / seconds,
-            "mfu": flops / seconds / (self.peak * self.world_size) if self.peak else None,
-            "peak_gib": max(p.gpu_reserved if self.peak_is_gpu else p.process for p in phases.values()) / 2**30,
-            "process_gib": max(p.process for p in phases.values()) / 2**30,
-            "pinned_gib": max(p.pinned for p in phases.values()) / 2**30,
-            **{f"{name}_seconds": peak.seconds for name, peak in phases.items()},
-            "eta_seconds": self.remaining_flops(step_plan.step + 1) / self.flops_per_second,
-        }
-
-    @property
-    def peak_is_gpu(self) -> bool:
-        """The line's peak: on a GPU the allocator's reserve at its highest, on a CPU the process's resident set."""
-        return self.device.type == "cuda"
-
-    def predicted_beside_measured(self, plan) -> str:
-        """What the plan said of the stage now ending, and what its steps took."""
-        seq_length = self.schedule.stages[self.stage].seq_length
-        return memory_utils.compare_text(plan, seq_length, self.stage_peaks)
-
-    def text(self, record: dict) -> str:
-        mfu = f"{100 * record['mfu']:4.1f}%" if record["mfu"] is not None else " n/a"
-        return (
-            f"step {record['step']:>6}/{self.end}  T {record['seq_length']:>7}  loss {record['loss']:8.4f}  "
-            f"norm {record['grad_norm']:8.3f}  lr {record['learning_rate']:.2e}  "
-            f"{human_count(record['tokens_per_second']):>7} tok/s  MFU {mfu}  peak {record['peak_gib']:6.2f} GiB  "
-            f"ETA {human_time(record['eta_seconds'])}"
-        )
 
 
 if __name__ == "__main__":

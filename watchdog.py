@@ -168,7 +168,7 @@ class Watchdog:
         writer.setblocking(False)
         self._writer = writer
         self._old_wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-        self._terminating = False
+        self._terminating = self._aborting = False
         # rank -> (beats last seen, when by this rank's clock), and rank -> when its failure was seen
         self._seen: dict[int, tuple[int, float]] = {}
         self._failed_at: dict[int, float] = {}
@@ -194,6 +194,8 @@ class Watchdog:
         return self
 
     def __exit__(self, kind, error, trace) -> None:
+        if self._aborting:  # a peer that is being ended breaks this rank's collective: the exit code is the watchdog's
+            self._thread.join(2 * ABORT_S)
         if error is None:
             self.close()
         elif self._state == RUNNING:
@@ -315,6 +317,7 @@ class Watchdog:
 
     def _abort(self, reason: str) -> None:
         """Agree on one reason, dump this rank's stacks, see to it that ranks of this machine end, and exit."""
+        self._aborting = True
         try:
             first = self._claim(reason)
             path = self.output_dir / f"hang-{self.name}-rank{self.rank}.txt"

@@ -11,21 +11,21 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import deepspeed_start
 import kimi_model
-import train_continual_2m as trainer
 from config import load_config
 from run_log import RunLog
 
 checkpoint, output = sys.argv[1], Path(sys.argv[2])
 config = load_config(["--model_name_or_path", checkpoint, "--deepspeed", "demo/deepspeed.json"])
-accelerator = trainer.start_accelerator(config, config.deepspeed)
+accelerator = deepspeed_start.start_accelerator(config, config.deepspeed)
 rank, device = accelerator.process_index, accelerator.device
 model = kimi_model.load_model(config, kimi_model.read_model_config(config), device=device)
 leaves, buffers = kimi_model.take_fp32(model, checkpoint=checkpoint, device=device)
 report = kimi_model.install_long_sequence(
     model, segment_tokens=16, heads_per_group=1, token_tile=16, offload="auto", attention_outputs="keep"
 )
-optimizer = trainer.make_optimizer(model, config, config.deepspeed, RunLog(output / "run", rank=rank))
+optimizer = deepspeed_start.make_optimizer(model, config, config.deepspeed, RunLog(output / "run", rank=rank))
 engine, _ = accelerator.prepare(model, optimizer)
 kimi_model.restore_fp32_buffers(engine.module, buffers)
 

@@ -74,6 +74,13 @@ def test_a_stopped_rank_ends_all_and_is_named(tmp_path):
         assert "watched_rank.py" in stacks(tmp_path, rank)
 
 
+def test_a_collective_that_breaks_while_the_run_ends_does_not_change_the_exit_code(tmp_path):
+    processes = start(tmp_path, "wait long", "break with the others")
+    os.kill(processes[0].pid, signal.SIGSTOP)
+    codes, said = end(processes)
+    assert codes[1] == watchdog.EXIT_CODE, said
+
+
 def test_a_killed_rank_ends_the_others(tmp_path):
     processes = start(tmp_path, "wait long", "wait long", "wait long")
     os.kill(processes[1].pid, signal.SIGKILL)

@@ -34,6 +34,10 @@ with Watchdog(output_dir, rank=rank, world_size=world_size, name=name, limits=li
     watch.enter("optimizer", step=2)
     if deed == "wait a little":
         time.sleep(5)
+    if deed == "break with the others":  # as a collective does when the watchdog ends the rank at its other end
+        while not (watch.folder / "abort").exists():
+            time.sleep(0.01)
+        raise RuntimeError("connection closed by peer")
     if deed == "wait long":
         time.sleep(3600)
 print("done", flush=True)
