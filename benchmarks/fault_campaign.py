@@ -777,7 +777,10 @@ def main() -> int:
     arguments = parser.parse_args()
     begun = time.monotonic()
     with contextlib.ExitStack() as stack:
-        work = arguments.work or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="faults-")))
+        # not TemporaryDirectory: a forked rank would take its clean-up along and do it at its own end
+        work = arguments.work or Path(tempfile.mkdtemp(prefix="faults-"))
+        if not arguments.work:
+            stack.callback(shutil.rmtree, work)
         results = ROOT / "benchmarks" / "results"
         partial = arguments.short or len(arguments.only) < len(KINDS)
         log = arguments.log or (work if partial else results) / "faults.jsonl"
