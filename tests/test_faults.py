@@ -14,14 +14,12 @@ ROOT = Path(__file__).resolve().parent.parent
 FAULTS = {
     "kills": ("forked ranks equal launched ones", "SIGKILL of a rank", "kill: the end"),
     "signals": ("SIGTERM to a rank", "SIGINT to a rank", "signal: the end"),
-    "a dead build's lock": ("lock of a killed op build",),
     "disk": ("disk full during a save", "disk too full for a save", "room again after a full disk"),
     "checkpoints": ("checkpoint file damaged, resumed by name", "checkpoint file damaged, resumed by 'latest'"),
     "latest": ("`latest` damaged",),
     "data": ("data shard damaged",),
     "hang": ("SIGSTOP of a rank",),
     "memory": ("a rank out of memory",),
-    "nan": ("NaN on one rank",),
     "configs": tuple(
         f"mutation of {kind}" for kind in ("training_yaml", "deepspeed_json", "accelerate_yaml", "model_json")
     ),
