@@ -28,6 +28,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 sys.path.insert(0, str(ROOT))
 
+from portable_text import portable  # noqa: E402
+
 from run_log import git_commit, versions  # noqa: E402
 
 PACKAGES = ("torch", "deepspeed", "accelerate", "transformers")
@@ -180,7 +182,7 @@ def main() -> None:
         "saves_behind_the_next_step": hidden,
         "logs": [log, hidden_log],
     }
-    arguments.out.write_text(json.dumps(result, indent=1))
+    arguments.out.write_text(portable(json.dumps(result, indent=1), WORK=work))
     print(
         f"disk {median['disk']:.2f} GiB/s, save {median['save']:.2f} GiB/s ({100 * median['save'] / median['disk']:.0f} %), "
         f"{median['processor_s_per_gib']:.2f} processor seconds a GiB; checkpoint of {waiting[-1]['gib']:.2f} GiB: training "

@@ -25,6 +25,8 @@ import sys
 import time
 from pathlib import Path
 
+from portable_text import portable
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -160,7 +162,10 @@ def summary(samples: list[dict]) -> dict:
 
 def collect(work: Path) -> dict:
     """The run so far: its log, its metrics, and the engine's first step of each length."""
-    read = lambda name: (work / name).read_text() if (work / name).exists() else ""  # noqa: E731
+
+    def read(name: str) -> str:
+        return portable((work / name).read_text(), WORK=work) if (work / name).exists() else ""
+
     stdout = read("stdout.txt")
     steps = [json.loads(line) for line in read("out/metrics.jsonl").splitlines()]
     firsts = []

@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import bench_engine  # noqa: E402
+from portable_text import portable  # noqa: E402
 
 import memory_utils  # noqa: E402
 from config import load_config, read_json  # noqa: E402
@@ -90,7 +91,7 @@ def main() -> int:
         print(json.dumps(records[-1]["measured"]), flush=True)
         if arguments.out:
             text = json.dumps({"environment": environment(), "records": records}, indent=1)
-            Path(arguments.out).write_text(text + "\n")
+            Path(arguments.out).write_text(portable(text) + "\n")
     print(table([point_of(record) for record in records]))
     return 0
 

@@ -36,6 +36,7 @@ from pathlib import Path
 import fault_mutations
 import fault_runs
 from fault_runs import RANKS, ROOT, Forks, Run, Setup, Unexpected, complete_checkpoints, folder_content, launch, listed
+from portable_text import portable
 
 import launched  # isort: skip  (from tests/, which fault_runs puts on the path)
 
@@ -87,7 +88,7 @@ class Campaign:
         return fault_runs.generator(self.seed, name)
 
     def write(self, record: dict) -> None:
-        text = json.dumps(record).replace(str(self.work), "WORK").replace(str(ROOT), "REPOSITORY")
+        text = portable(json.dumps(record), WORK=self.work)
         self._log.write(text + "\n")
         self._log.flush()  # a fork must not take unwritten lines with it
 

@@ -45,6 +45,14 @@ def test_the_base_imports_nothing_of_ours():
     assert imports_of(MODULES["run_log"]) <= {"config"}
 
 
+def test_no_raw_result_names_a_path_of_the_machine_it_was_made_on():
+    files = sorted((ROOT / "benchmarks/results").iterdir())
+    assert files
+    for path in files:
+        found = re.search(r"(?:(?<![\w.])|(?<=\\[nt]))/(home|opt|root|tmp|work)/\S{0,60}", path.read_text())
+        assert found is None, f"{path.name}: {found[0]}"
+
+
 def test_nothing_imports_the_trainer():
     assert not [name for name, path in MODULES.items() if "train_continual_2m" in imports_of(path)]
 
