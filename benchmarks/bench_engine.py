@@ -2,6 +2,7 @@
 
     python benchmarks/bench_engine.py prepare WORK --lengths 65536,262144,2097152     # model, tokens, DeepSpeed and launch files
     python benchmarks/bench_engine.py run WORK --out OUT.json --gpu_memory_gib 72     # further options go to the trainer
+    python benchmarks/bench_engine.py table benchmarks/results/engine_lengths_h100.json    # the README's figures of a run
 
 The lengths become the stages of one run, shortest first: two steps each up to 256K tokens (compiling falls into the first),
 one beyond. OUT.json is rewritten every few seconds with all that the run has said so far, so a run that dies or is cut off
@@ -188,10 +189,29 @@ def collect(work: Path) -> dict:
     }
 
 
+def table(path: Path) -> str:
+    """The last step of each length: its speed and memory, its kernels' seconds (of the length's first step) and what a token
+    costs besides attention. The first length's kernels are left out: they compile in it."""
+    run = json.loads(path.read_text())
+    last = {step["seq_length"]: step for step in run["steps"]}
+    lines = [
+        "| tokens | step, s | tok/s | MFU | GPU reserved, GiB | kernels, s | forward + backward / kernels | besides attention, us a token |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for number, ((tokens, step), first) in enumerate(zip(last.items(), run["first_step_of_each_length"], strict=False)):
+        attention = sum(seconds for name, seconds in first["kernels"].items() if name.startswith("attention"))
+        kernels = f"{first['sum']:.1f} | {first['ratio']:.3f} | {(step['seconds'] - attention) / tokens * 1e6:.0f}"
+        lines.append(
+            f"| {tokens:,} | {step['seconds']:.1f} | {step['tokens_per_second']:,.0f} | {100 * step['mfu']:.1f} % | "
+            f"{step['peak_gib']:.1f} | {kernels if number else '| |'} |"
+        )
+    return "\n".join(lines)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("action", choices=("prepare", "run"))
-    parser.add_argument("work", type=Path)
+    parser.add_argument("action", choices=("prepare", "run", "table"))
+    parser.add_argument("work", type=Path, help="a folder; for `table` the JSON of a run")
     parser.add_argument("--lengths", default="65536,131072,262144,524288,1048576,2097152")
     parser.add_argument("--model", type=Path, help="a model JSON instead of the four real layers")
     parser.add_argument("--out", type=Path)
@@ -199,6 +219,9 @@ def main() -> int:
     if arguments.action == "prepare":
         model = json.loads(arguments.model.read_text()) if arguments.model else MODEL
         prepare(arguments.work, [int(n) for n in arguments.lengths.split(",")], model)
+        return 0
+    if arguments.action == "table":
+        print(table(arguments.work))
         return 0
     if arguments.out is None:
         parser.error("run needs --out FILE.json")
