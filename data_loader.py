@@ -265,9 +265,8 @@ class Manifest:
         """What cannot be true of a finished folder, a sentence each."""
         problems = []
         for key in ("tokens", "documents"):
-            stated, counted = getattr(self, f"total_{key}" if key == "tokens" else key), 0
-            for shard in self.shards:
-                counted += getattr(shard, key)
+            stated = getattr(self, f"total_{key}" if key == "tokens" else key)
+            counted = sum(getattr(shard, key) for shard in self.shards)
             if stated != counted:
                 problems.append(f"it says {stated:,} {key}, its shards have {counted:,}")
         if not 0 <= self.eos_token_id < self.vocab_size:
