@@ -15,6 +15,8 @@ Imports the standard library, yaml and config_files.py (what the other tools' fi
 from __future__ import annotations
 
 import argparse
+import atexit
+import contextlib
 import dataclasses
 import difflib
 import itertools
@@ -532,20 +534,41 @@ def mask_secrets(text: str, environ=os.environ) -> str:
 
 
 def run_main(main) -> None:
-    """Run a script's main: a UserError becomes its sentence on stderr and exit code 2, nothing else is hidden.
+    """Run a script's main and end the process with its exit code: a UserError becomes its sentence on stderr and code 2,
+    nothing else is hidden.
 
     Before the process group exists every rank makes the same mistake and rank 0 speaks; later a rank may be alone with it.
     """
+    exit_code = [1]  # an uncaught exception's
+    atexit.register(_leave, exit_code)
     try:
-        code = main()
+        exit_code[0] = main() or 0
     except UserError as error:
+        exit_code[0] = 2
         rank, torch = int(os.environ.get("RANK", 0)), sys.modules.get("torch")
         started = torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
         if rank == 0 or started:
             label = f"error: rank {rank}: " if rank else "error: "
             text = "\n".join(label + line for line in str(error).splitlines())
             print(mask_secrets(text), file=sys.stderr, flush=True)
-        sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit(130)
-    sys.exit(code or 0)
+        exit_code[0] = 130
+    except SystemExit as end:
+        exit_code[0] = end.code if isinstance(end.code, int) else int(end.code is not None)
+        raise
+    sys.exit(exit_code[0])
+
+
+def _leave(exit_code: list[int]) -> None:
+    """End a rank (only they load DeepSpeed) before the interpreter takes itself down, after every later exit handler.
+
+    A gloo thread that drops the last reference to a tensor waits for the interpreter's lock. Python ends such a thread
+    inside a C++ destructor, and the process with it: "terminate called without an active exception", SIGABRT after a run
+    that was complete (torch 2.13 on Python 3.11; destroy_process_group does not prevent it).
+    """
+    if "deepspeed" not in sys.modules:
+        return
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # a closed pipe has no reader to lose
+            stream.flush()
+    os._exit(exit_code[0])

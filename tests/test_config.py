@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -161,3 +164,32 @@ def test_accelerate_accumulation_must_agree(tmp_path):
 
 def test_every_field_has_help():
     assert all(f.metadata.get("help") for f in FIELDS.values())
+
+
+GLOO_THREAD_HOLDS_A_TENSOR = """
+import sys, time
+import deepspeed, torch
+import torch.distributed as dist
+from config import run_main
+
+def main():
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    sys.setswitchinterval(1000)  # this thread keeps the interpreter's lock until it ends
+    tensor = torch.zeros(4)
+    dist.all_reduce(tensor, async_op=True)
+    del tensor
+    ends = time.monotonic() + 0.2
+    while time.monotonic() < ends:
+        pass
+    print("done")
+    return 3
+
+run_main(main)
+"""
+
+
+def test_a_rank_ends_with_its_exit_code_while_a_gloo_thread_holds_a_tensor():
+    """By the interpreter's own end it is SIGABRT, every time."""
+    command = [sys.executable, "-c", GLOO_THREAD_HOLDS_A_TENSOR]
+    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 3 and done.stdout.endswith("done\n"), done.stderr

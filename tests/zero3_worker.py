@@ -8,6 +8,7 @@ from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.utils import InitProcessGroupKwargs
 from engine_cases import tiny_model
 
+from config import run_main
 from kimi_model import install_long_sequence
 
 STEPS, ACCUMULATION, TOKENS = 3, 2, 23
@@ -98,4 +99,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)
