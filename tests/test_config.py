@@ -176,6 +176,7 @@ def main():
     dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
     sys.setswitchinterval(1000)  # this thread keeps the interpreter's lock until it ends
     tensor = torch.zeros(4)
+    tensor.attribute = "kept by its Python object, which the thread then has the last reference to"
     dist.all_reduce(tensor, async_op=True)
     del tensor
     ends = time.monotonic() + 0.2
