@@ -32,7 +32,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from config import MATHEMATICS, TrainConfig, UserError, read_json, run_main, unknown_key
-from durable_files import fsync_folder, write_file_durably
+from durable_files import fsync_path, write_file_durably
+from hashed_files import chunks_sha256
 from run_log import human_count, say
 from step_guard import WINDOW
 
@@ -213,7 +214,7 @@ class Saver:
             records[name] = _fsynced_record(self.working / name)
         write_file_durably(self.working / "files.json", json.dumps(dict(sorted(records.items())), indent=1).encode())
         for folder in {self.working, *(path.parent for path in map(self.working.joinpath, files))}:
-            fsync_folder(folder)
+            fsync_path(folder)
         doomed = []
         if self.final.exists():  # moved aside, since deleting takes long and a kill inside it would leave neither
             doomed.append(_set_aside(self.final, "replaced"))
@@ -252,10 +253,8 @@ def _files_of(folder: Path) -> list[str]:
 
 
 def _fsynced_record(path: Path) -> dict:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"bytes": path.stat().st_size, "sha256": digest}
+    fsync_path(path)
+    return {"bytes": path.stat().st_size, "chunks_sha256": chunks_sha256(path)}
 
 
 def _retain(output_dir: Path, limit: int, log) -> list[Path]:
@@ -279,7 +278,7 @@ def list_checkpoints(output_dir: str | Path) -> list[Path]:
 
 
 def read_records(path: Path) -> dict[str, dict]:
-    """files.json of a checkpoint: {name: {"bytes", "sha256"}}. Raises UserError with the file and the key.
+    """files.json of a checkpoint: {name: {"bytes", "chunks_sha256"}}. Raises UserError with the file and the key.
 
     Names are paths inside the folder; one that leaves it is refused, since files are read (and hashed) by them.
     """
@@ -289,11 +288,11 @@ def read_records(path: Path) -> dict[str, dict]:
         parts = Path(name).parts
         if not parts or Path(name).is_absolute() or ".." in parts or "\0" in name:
             raise UserError(f"{file}: {name!r} is no path inside the checkpoint")
-        size, digest = (record.get("bytes"), record.get("sha256")) if isinstance(record, dict) else (None, None)
+        size, digest = (record.get("bytes"), record.get("chunks_sha256")) if isinstance(record, dict) else (None, None)
         if type(size) is not int or size < 0:
             raise UserError(f"{file}: {name}: bytes is {size!r}; it must be a number of bytes")
         if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
-            raise UserError(f"{file}: {name}: sha256 is {digest!r}; it must be 64 hexadecimal digits")
+            raise UserError(f"{file}: {name}: chunks_sha256 is {digest!r}; it must be 64 hexadecimal digits")
     return records
 
 
@@ -329,10 +328,9 @@ def _damage(path: Path, name: str, record: dict, *, checksums: bool | str) -> st
         size = file.stat().st_size
         if size != record["bytes"]:
             return f"{name} has {size} bytes, files.json says {record['bytes']}"
-        if checksums is True or (checksums == "small" and size < SMALL_BYTES):
-            with open(file, "rb") as handle:
-                if hashlib.file_digest(handle, "sha256").hexdigest() != record["sha256"]:
-                    return f"{name} does not match its checksum"
+        hashed = checksums is True or (checksums == "small" and size < SMALL_BYTES)
+        if hashed and chunks_sha256(file) != record["chunks_sha256"]:
+            return f"{name} does not match its checksum"
     except OSError as error:
         return f"{name} cannot be read ({error.strerror})"
     return None
@@ -584,9 +582,9 @@ def export(checkpoint: Path, output: Path, *, tokenizer: str | None = None) -> N
     (working / "README.md").write_text(_model_card(state, count))
     _read_back(working)
     for file in working.iterdir():
-        _fsynced_record(file)
+        fsync_path(file)
     os.rename(working, output)
-    fsync_folder(output.parent)
+    fsync_path(output.parent)
     say(f"{output}: {human_count(count)} parameters of step {state.step}, tokenizer: {copied}")
 
 

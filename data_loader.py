@@ -46,7 +46,7 @@ from pathlib import Path
 import numpy as np
 
 from config import Stage, UserError, parse_json, unknown_key
-from durable_files import fsync_folder, write_file_durably
+from durable_files import fsync_path, write_file_durably
 from run_log import human_count
 
 FORMAT_VERSION = 1
@@ -144,7 +144,7 @@ class ShardWriter:
         index = index_bytes(np.concatenate(self._lengths) if self._lengths else np.zeros(0, np.int64))
         write_file_durably(self.folder / f"{self.name}.idx", index)
         os.replace(self._temporary, self.folder / f"{self.name}.bin")
-        fsync_folder(self.folder)
+        fsync_path(self.folder)
         return ShardInfo(
             name=self.name,
             tokens=self.tokens,

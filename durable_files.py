@@ -1,7 +1,7 @@
 """Files that survive a kill and a power cut: written under another name, fsynced, renamed, the folder fsynced.
 
     write_file_durably(path, content)     # whole or not there
-    fsync_folder(folder)                  # after renames and deletions inside it
+    fsync_path(path)                      # a file's content; a folder's renames and deletions
 
 One place for the data's files, the manifests and the checkpoints.
 """
@@ -12,9 +12,9 @@ import os
 from pathlib import Path
 
 
-def fsync_folder(folder: Path) -> None:
-    """Make renames inside `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def fsync_path(path: Path) -> None:
+    """Make a file's content, or the renames inside a folder, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -33,4 +33,4 @@ def write_file_durably(path: Path, content: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    fsync_folder(path.parent)
+    fsync_path(path.parent)

@@ -3,11 +3,11 @@
     engine.checkpoint_engine = shards = ShardFiles()     # DeepSpeed's own place for such a thing
     engine.save_checkpoint(...)                          # collects what is to be written, copies nothing large
     shards.start()                                       # a thread writes it
-    records = shards.join()                              # {path: {"bytes": ..., "sha256": ...}}, all of it on disk
+    records = shards.join()                              # {path: {"bytes": ..., "chunks_sha256": ...}}, all on disk
 
 Nothing is copied: the tensors (partitions of the fp32 master weights and moments) change in the optimizer's step only,
-so `join` must come before it. Files are torch's zip format without its CRC (ours is the SHA-256), on their way to the disk
-from the first megabyte on (sync_file_range), and never read again.
+so `join` must come before it. Files are torch's zip format without its CRC (ours is the SHA-256), written by hashed_files.py
+and never read again.
 
 A .pt file is a pickle, and unpickling runs whatever it names. `check_pickles` refuses every file that names something
 outside ALLOWED, without unpickling it; DeepSpeed's engine then loads through torch's weights-only unpickler.
@@ -16,8 +16,6 @@ outside ALLOWED, without unpickling it; DeepSpeed's engine then loads through to
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import hashlib
 import os
 import pickle
 import threading
@@ -26,9 +24,8 @@ from pathlib import Path
 import torch
 
 from config import UserError
+from hashed_files import HashedFile
 
-WRITE_BYTES = 16 * 2**20
-SYNC_FILE_RANGE_WRITE = 2
 # What DeepSpeed's own state names beside tensors and plain values (module, class)
 ALLOWED = (
     ("deepspeed.runtime.fp16.loss_scaler", "LossScaler"),
@@ -150,75 +147,13 @@ def _beside_compute(gpu):
 
 
 def write_hashed(path: Path, content) -> dict:
-    """Write bytes, or what torch.save takes, and fsync. Returns {"bytes", "sha256"}. Raises OSError."""
-    with _HashedFile(path) as file:
+    """Write bytes, or what torch.save takes, and fsync. Returns {"bytes", "chunks_sha256"}. Raises OSError."""
+    with HashedFile(path) as file:
         if isinstance(content, bytes):
             file.write(content)
         else:
             torch.save(content, file)
         return file.finish()
-
-
-class _HashedFile:
-    """A file that is only appended to, hashed while it is written. Errors are kept for `finish`: torch.save calls `write`
-    through C++ frames that an exception must not cross."""
-
-    def __init__(self, path: Path):
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-        self._sha256, self._bytes, self._error = hashlib.sha256(), 0, None
-        self._path = path
-
-    def __enter__(self) -> _HashedFile:
-        return self
-
-    def __exit__(self, *exception) -> None:
-        os.close(self._descriptor)
-
-    def write(self, data) -> int:
-        view = memoryview(data).cast("B")
-        if self._error is None:
-            # `data` is gone when this returns, so both ends wait for each other; neither holds the interpreter lock
-            hashing = None
-            if len(view) > WRITE_BYTES:
-                hashing = threading.Thread(target=self._sha256.update, args=(view,))
-                hashing.start()
-            else:
-                self._sha256.update(view)
-            try:
-                self._append(view)
-            except OSError as error:
-                self._error = error
-            finally:
-                if hashing:
-                    hashing.join()
-        return len(view)
-
-    def _append(self, view: memoryview) -> None:
-        at = 0
-        while at < len(view):
-            written = os.write(self._descriptor, view[at : at + WRITE_BYTES])
-            if written >= WRITE_BYTES:
-                _start_writeback(self._descriptor, self._bytes, written)
-            at += written
-            self._bytes += written
-
-    def flush(self) -> None:
-        pass
-
-    def finish(self) -> dict:
-        if self._error is None:
-            os.fsync(self._descriptor)
-            return {"bytes": self._bytes, "sha256": self._sha256.hexdigest()}
-        raise OSError(self._error.errno, self._error.strerror, str(self._path))
-
-
-_LIBC = ctypes.CDLL(None)
-
-
-def _start_writeback(descriptor: int, start: int, length: int) -> None:
-    """Ask the kernel to begin writing this range now (Linux), so that the fsync at the end has little left to wait for."""
-    if hasattr(_LIBC, "sync_file_range"):
-        _LIBC.sync_file_range(descriptor, ctypes.c_int64(start), ctypes.c_int64(length), SYNC_FILE_RANGE_WRITE)
 
 
 # ---------------------------------------------------------------------------------------------- reading

@@ -48,7 +48,7 @@ from data_loader import (
     Manifest,
     ShardInfo,
     ShardReader,
-    fsync_folder,
+    fsync_path,
     read_manifest,
     write_file_durably,
 )
@@ -435,7 +435,7 @@ def remove_leftovers(folder: Path, keep: set[str] | None) -> None:
             path.unlink(missing_ok=True)  # another task may be tidying the same folder
     if keep is not None:
         shutil.rmtree(folder / UNPACKED, ignore_errors=True)
-    fsync_folder(folder)
+    fsync_path(folder)
 
 
 # ---------------------------------------------------------------------------- entry

@@ -2,18 +2,22 @@
 
     python benchmarks/bench_checkpoint.py --out benchmarks/results/checkpoint_cpu.json                     # 2 CPU ranks, 0.2 B
     python benchmarks/bench_checkpoint.py --layers 4 --hidden 2304 --experts 64 --vocabulary 163840 --ranks 1 \
-        --tokens 65536 --accelerate accelerate_config_h100_1x.yaml --deepspeed deepspeed_config_h100.json --out ...   # a GPU
+        --trainable attention --bf16_gradients --out benchmarks/results/checkpoint_4layers_cpu.json     # a 24 GiB host
+    (the same with --trainable all --tokens 65536 --accelerate accelerate_config_h100_1x.yaml
+        --deepspeed deepspeed_config_h100.json needs a GPU and 64 GiB of host memory)
 
-First the save's writer alone against the disk's own speed, alternating: as many random bytes, written in one file by one
-process in 16 MiB pieces, started towards the disk as they come, and fsynced. The page cache is on both sides; each figure
-ends with all bytes on the disk. Then through the trainer as a user starts it: `accelerate launch train_continual_2m.py` with
-random weights, a checkpoint after every step, once with --no-background_save and once without.
+First the save's writer alone against the disk's own speed, alternating: as many random bytes, written to one file by one
+process in pieces of 16 MiB, past the page cache (faster than through it), and fsynced. Each figure ends with all bytes on the
+disk. Then through the trainer as a user starts it: `accelerate launch train_continual_2m.py` with
+random weights, a checkpoint after every step, once with --no-background_save and once without; after each of the two
+runs the disk is asked again, for as many bytes as a checkpoint has.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import mmap
 import os
 import platform
 import re
@@ -24,6 +28,8 @@ import sys
 import time
 from pathlib import Path
 
+import yaml
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 sys.path.insert(0, str(ROOT))
@@ -32,6 +38,7 @@ from portable_text import portable  # noqa: E402
 
 from run_log import git_commit, versions  # noqa: E402
 
+PIECE_BYTES = 16 * 2**20
 PACKAGES = ("torch", "deepspeed", "accelerate", "transformers")
 SAVED = re.compile(r"saved .*checkpoint-step(\d+) \(([\d.]+) GiB in ([\d.]+) s, training waited ([\d.]+) s\)")
 
@@ -44,7 +51,7 @@ def model_of(arguments) -> dict:
         "num_hidden_layers": arguments.layers,
         "hidden_size": arguments.hidden,
         "intermediate_size": 4 * arguments.hidden,
-        "moe_intermediate_size": arguments.hidden // 2,
+        "moe_intermediate_size": 4 * arguments.hidden // 9,
         "num_local_experts": arguments.experts,
         "num_attention_heads": max(1, arguments.hidden // 72),
         "num_key_value_heads": max(1, arguments.hidden // 72),
@@ -59,20 +66,19 @@ def model_of(arguments) -> dict:
 
 
 def disk_speed(folder: Path, size: int) -> float:
-    """GiB/s of writing `size` bytes to a new file in `folder`, until they are on the disk."""
-    from shard_files import WRITE_BYTES, _start_writeback
-
-    piece = os.urandom(WRITE_BYTES)
+    """GiB/s of writing `size` random bytes to a new file in `folder`, past the page cache, until they are on the disk."""
+    piece = mmap.mmap(-1, PIECE_BYTES)
+    piece.write(os.urandom(PIECE_BYTES))
     path = folder / "disk_speed"
     started = time.perf_counter()
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    for start in range(0, size, len(piece)):
-        _start_writeback(descriptor, start, os.write(descriptor, piece))
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_DIRECT)
+    for _ in range(0, size, PIECE_BYTES):
+        os.write(descriptor, piece)
     os.fsync(descriptor)
     seconds = time.perf_counter() - started
     os.close(descriptor)
     path.unlink()
-    return size / 2**30 / seconds
+    return -(-size // PIECE_BYTES) * PIECE_BYTES / 2**30 / seconds
 
 
 def alternate(folder: Path, gib: float, rounds: int) -> list[dict]:
@@ -109,7 +115,8 @@ def train(arguments, work: Path, name: str, *extra: str) -> tuple[list[dict], st
         "data_dir": work / "tokens",
         "output_dir": output,
         "model_config": work / "model.json",
-        "deepspeed": ROOT / arguments.deepspeed,
+        "deepspeed": work / "deepspeed.json",
+        "trainable": arguments.trainable,
         "curriculum": f"0:{arguments.tokens}",
         "num_train_steps": arguments.steps,
         "gradient_accumulation_steps": 1,
@@ -117,7 +124,7 @@ def train(arguments, work: Path, name: str, *extra: str) -> tuple[list[dict], st
         "save_total_limit": 1,
         "warmup_steps": 0,
     }
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / arguments.accelerate)]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(work / "accelerate.yaml")]
     command += [
         "--num_processes",
         str(arguments.ranks),
@@ -148,6 +155,10 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=16)
     parser.add_argument("--vocabulary", type=int, default=32768)
     parser.add_argument("--tokens", type=int, default=128, help="tokens of a sequence")
+    parser.add_argument("--trainable", default="all")
+    parser.add_argument(
+        "--bf16_gradients", action="store_true", help="gradients summed in bf16: 2 bytes less a parameter"
+    )
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--gib", type=float, default=2.0, help="bytes of one round of the writer against the disk")
     parser.add_argument("--rounds", type=int, default=7)
@@ -161,11 +172,21 @@ def main() -> None:
     work = arguments.work
     work.mkdir(parents=True, exist_ok=True)
     (work / "model.json").write_text(json.dumps(model_of(arguments)))
+    deepspeed = json.loads((ROOT / arguments.deepspeed).read_text())
+    if arguments.bf16_gradients:
+        deepspeed["data_types"]["grad_accum_dtype"] = "bf16"
+    (work / "deepspeed.json").write_text(json.dumps(deepspeed))
+    launcher = yaml.safe_load((ROOT / arguments.accelerate).read_text())
+    launcher["deepspeed_config"]["deepspeed_config_file"] = str(work / "deepspeed.json")
+    (work / "accelerate.yaml").write_text(yaml.safe_dump(launcher))
     documents = max(120, 4 * arguments.tokens * arguments.ranks * arguments.steps // 200)
     tiny.write_tokens(work / "tokens", documents=documents, vocabulary=min(arguments.vocabulary, 10_000))
     alternating = alternate(work, arguments.gib, arguments.rounds)
     waiting, log = train(arguments, work, "waiting", "--no-background_save")
+    size = int(waiting[-1]["gib"] * 2**30)
+    disk = [disk_speed(work, size)]
     hidden, hidden_log = train(arguments, work, "hidden")
+    disk.append(disk_speed(work, size))
     median = {key: statistics.median(each[key] for each in alternating) for key in alternating[0]}
     result = {
         "environment": {
@@ -178,6 +199,7 @@ def main() -> None:
         "checkpoint_gib": waiting[-1]["gib"],
         "writer_and_disk_alternating": alternating,
         "median": {**median, "save_over_disk": median["save"] / median["disk"]},
+        "disk_gib_per_s_at_its_size": disk,
         "saves_that_training_waits_for": waiting,
         "saves_behind_the_next_step": hidden,
         "logs": [log, hidden_log],
@@ -185,7 +207,9 @@ def main() -> None:
     arguments.out.write_text(portable(json.dumps(result, indent=1), WORK=work))
     print(
         f"disk {median['disk']:.2f} GiB/s, save {median['save']:.2f} GiB/s ({100 * median['save'] / median['disk']:.0f} %), "
-        f"{median['processor_s_per_gib']:.2f} processor seconds a GiB; checkpoint of {waiting[-1]['gib']:.2f} GiB: training "
+        f"{median['processor_s_per_gib']:.2f} processor seconds a GiB; checkpoint of {waiting[-1]['gib']:.2f} GiB: "
+        f"{statistics.median(s['gib'] / s['seconds'] for s in waiting):.2f} GiB/s, the disk at that size "
+        f"{' and '.join(f'{speed:.2f}' for speed in disk)}; training "
         f"waited {statistics.median(s['training_waited_s'] for s in waiting):.2f} s for it, "
         f"{statistics.median(s['training_waited_s'] for s in hidden[:-1]):.2f} s when written behind a step of "
         f"{statistics.median(s['step_seconds'] for s in hidden[:-1]):.2f} s"

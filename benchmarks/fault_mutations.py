@@ -36,6 +36,7 @@ sys.path.insert(0, str(ROOT))
 import yaml  # noqa: E402
 
 from config import FIELDS, UserError  # noqa: E402
+from hashed_files import chunks_sha256  # noqa: E402
 
 KINDS = (
     "training_yaml deepspeed_json accelerate_yaml model_json manifest trainer_state trainer_state_fitted files_json latest"
@@ -290,11 +291,11 @@ def names_it(text: str, target: Target, done: str) -> bool:
     return target.path.name in text or target.path.parent.name in text or any(len(k) > 2 and k in text for k in keys)
 
 
-def fit_checksums(path: Path, content: bytes) -> None:
+def fit_checksums(path: Path) -> None:
     """Make the checkpoint's files.json say what the changed file is."""
     listing = path.parent / "files.json"
     records = json.loads(listing.read_text())
-    records[path.name] |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    records[path.name] |= {"bytes": path.stat().st_size, "chunks_sha256": chunks_sha256(path)}
     listing.write_text(json.dumps(records, indent=1))
 
 
@@ -304,7 +305,7 @@ def try_one(start: Start, target: Target, options: list[str], before: dict, cont
     kept = {path: path.read_bytes() for path in (target.path, listing) if path.exists()}
     target.path.write_bytes(content)
     if target.fit:
-        fit_checksums(target.path, content)
+        fit_checksums(target.path)
     begun = time.perf_counter()
     signal.alarm(LONGEST_S)
     try:

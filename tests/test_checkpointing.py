@@ -5,11 +5,16 @@ import hashlib
 import json
 import os
 import pickle
+import random
+import resource
+import signal
+import stat
 
 import pytest
 import torch
 
 import checkpointing
+import hashed_files
 import shard_files
 from config import TrainConfig, UserError
 
@@ -42,6 +47,7 @@ STATE = checkpointing.TrainerState(
 
 
 SHARD = "zero/rank0_optim_states.pt"
+CHUNK = hashed_files.CHUNK_BYTES
 
 
 def write_checkpoint(folder, step, /, **changes):
@@ -58,13 +64,19 @@ def write_checkpoint(folder, step, /, **changes):
     return path
 
 
+def digest_of(content: bytes) -> str:
+    """chunks_sha256 by its definition."""
+    chunks = [content[at : at + CHUNK] for at in range(0, len(content), CHUNK)]
+    return hashlib.sha256(b"".join(hashlib.sha256(chunk).digest() for chunk in chunks)).hexdigest()
+
+
 def write_records(path):
     """files.json that fits what is there: whoever changes a file by hand can do that, too."""
     files = [file for file in path.rglob("*") if file.is_file() and file.name != "files.json"]
     records = {
         str(file.relative_to(path)): {
             "bytes": file.stat().st_size,
-            "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+            "chunks_sha256": hashed_files.chunks_sha256(file),
         }
         for file in files
     }
@@ -228,12 +240,12 @@ def test_a_state_without_a_key_is_refused_and_one_of_an_older_version_is_not(tmp
 @pytest.mark.parametrize(
     ("name", "record", "message"),
     [
-        ("../secret", {"bytes": 1, "sha256": "0" * 64}, "'../secret' is no path inside the checkpoint"),
-        ("zero/../../secret", {"bytes": 1, "sha256": "0" * 64}, "is no path inside the checkpoint"),
-        ("/etc/passwd", {"bytes": 1, "sha256": "0" * 64}, "is no path inside the checkpoint"),
-        (SHARD, {"bytes": -1, "sha256": "0" * 64}, "bytes is -1"),
-        (SHARD, {"bytes": "1", "sha256": "0" * 64}, "bytes is '1'"),
-        (SHARD, {"bytes": 1280, "sha256": "0" * 63}, "sha256 is '0+'"),
+        ("../secret", {"bytes": 1, "chunks_sha256": "0" * 64}, "'../secret' is no path inside the checkpoint"),
+        ("zero/../../secret", {"bytes": 1, "chunks_sha256": "0" * 64}, "is no path inside the checkpoint"),
+        ("/etc/passwd", {"bytes": 1, "chunks_sha256": "0" * 64}, "is no path inside the checkpoint"),
+        (SHARD, {"bytes": -1, "chunks_sha256": "0" * 64}, "bytes is -1"),
+        (SHARD, {"bytes": "1", "chunks_sha256": "0" * 64}, "bytes is '1'"),
+        (SHARD, {"bytes": 1280, "chunks_sha256": "0" * 63}, "chunks_sha256 is '0+'"),
         (SHARD, [1280], "bytes is None"),
     ],
 )
@@ -287,10 +299,51 @@ def test_what_is_written_is_hashed_and_loads(tmp_path):
     records = shards.join()
     for name in ("a.pt", "b.json"):
         content = (tmp_path / name).read_bytes()
-        assert records[tmp_path / name] == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        assert records[tmp_path / name] == {"bytes": len(content), "chunks_sha256": digest_of(content)}
     loaded = shards.load(str(tmp_path / "a.pt"))
     assert torch.equal(loaded["module"]["a"], state["module"]["a"]) and torch.equal(loaded["views"], state["views"])
     shard_files.check_pickles(tmp_path, key="export")
+
+
+@pytest.mark.parametrize("direct", [True, False])
+@pytest.mark.parametrize("size", [0, 1, 4095, 4096, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 4097, 7 * CHUNK + 12_345])
+def test_a_hashed_file_holds_what_was_written(tmp_path, monkeypatch, size, direct):
+    if not direct:
+        monkeypatch.delattr(hashed_files.os, "O_DIRECT")
+    content = random.Random(size).randbytes(size)
+    path = tmp_path / "file"
+    path.write_bytes(b"of an earlier save, and longer" * 10)
+    with hashed_files.HashedFile(path) as file:
+        for piece in (content[:70], content[70 : CHUNK - 5], content[CHUNK - 5 :]):
+            assert file.write(piece) == len(piece)
+        record = file.finish()
+    assert path.read_bytes() == content
+    assert record == {"bytes": size, "chunks_sha256": digest_of(content)}
+    assert hashed_files.chunks_sha256(path) == record["chunks_sha256"]
+    assert stat.S_IMODE(path.stat().st_mode) & 0o600 == 0o600
+
+
+def test_swapped_chunks_are_another_file(tmp_path):
+    first, second = random.Random(1).randbytes(CHUNK), random.Random(2).randbytes(CHUNK)
+    (tmp_path / "a").write_bytes(first + second)
+    (tmp_path / "b").write_bytes(second + first)
+    assert hashed_files.chunks_sha256(tmp_path / "a") != hashed_files.chunks_sha256(tmp_path / "b")
+
+
+def test_a_disk_that_fills_up_is_said_with_the_files_name(tmp_path):
+    """A limit on the file's size stands for the disk: the kernel writes what fits, then says no."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (CHUNK + 3 * 4096, limit[1]))
+    try:
+        with hashed_files.HashedFile(tmp_path / "full") as file:
+            for _ in range(12):
+                file.write(bytes(CHUNK))
+            with pytest.raises(OSError, match="File too large: .*full"):
+                file.finish()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, old)
 
 
 def test_a_full_disk_in_the_background_is_an_error_of_join():
