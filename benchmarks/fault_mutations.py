@@ -36,7 +36,6 @@ sys.path.insert(0, str(ROOT))
 import yaml  # noqa: E402
 
 from config import FIELDS, UserError  # noqa: E402
-from hashed_files import chunks_sha256  # noqa: E402
 
 KINDS = (
     "training_yaml deepspeed_json accelerate_yaml model_json manifest trainer_state trainer_state_fitted files_json latest"
@@ -293,6 +292,8 @@ def names_it(text: str, target: Target, done: str) -> bool:
 
 def fit_checksums(path: Path) -> None:
     """Make the checkpoint's files.json say what the changed file is."""
+    from hashed_files import chunks_sha256
+
     listing = path.parent / "files.json"
     records = json.loads(listing.read_text())
     records[path.name] |= {"bytes": path.stat().st_size, "chunks_sha256": chunks_sha256(path)}
