@@ -252,6 +252,15 @@ def launch(setup: Setup, output: Path, *extra: str, script: str = "train_continu
 SHOW_ENVIRONMENT = "import json, os, sys; json.dump(dict(os.environ), open(sys.argv[1] + os.environ['RANK'], 'w'))"
 
 
+def wait_until_alone() -> None:
+    """Until this process has one thread, since a fork would lose the others' locks: a joined one takes a moment to be gone."""
+    for _ in range(1000):
+        if len(os.listdir("/proc/self/task")) == 1:
+            return
+        time.sleep(0.001)
+    raise RuntimeError(f"this process cannot fork ranks, it has threads: {threading.enumerate()}")
+
+
 class Forks:
     """Starts ranks by fork from this process, which imports torch, DeepSpeed and the trainer once."""
 
@@ -283,9 +292,7 @@ class Forks:
     def start_with(self, output: Path, words: list[str], environment: dict[str, str] | None = None) -> Run:
         """Fork the ranks of a run with these options; stdout and stderr go to a file beside `output`. `environment` is
         what the launcher would have given besides."""
-        threads = len(os.listdir("/proc/self/task"))
-        if threads != 1:
-            raise RuntimeError(f"{threads} threads in the forking process; a fork would lose their locks")
+        wait_until_alone()
         log = output.with_name(f"{output.name}.log")
         run = Run(output, log, time.monotonic(), "forked", known=_known_heartbeats(output))
         with socket.socket() as free:
