@@ -41,6 +41,12 @@ class HashedFile:
 
     def __init__(self, path: Path):
         self._path = path
+        self._free: queue.SimpleQueue[np.ndarray] = queue.SimpleQueue()
+        for _ in range(THREADS + 1):  # a map begins on a page; its memory is taken when it is first filled
+            self._free.put(np.frombuffer(mmap.mmap(-1, CHUNK_BYTES), np.uint8))
+        self._buffer, self._filled, self._bytes = self._free.get(), 0, 0
+        self._digests: list[Future] = []
+        self._error: OSError | None = None
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
         try:
             self._descriptor, self._direct = os.open(path, flags | getattr(os, "O_DIRECT", 0), 0o644), True
@@ -49,13 +55,6 @@ class HashedFile:
                 raise
             self._descriptor, self._direct = os.open(path, flags, 0o644), False
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="write")
-        self._free: queue.SimpleQueue[np.ndarray] = queue.SimpleQueue()
-        for _ in range(THREADS + 1):  # a map begins on a page; its memory is taken when it is first filled
-            self._free.put(np.frombuffer(mmap.mmap(-1, CHUNK_BYTES), np.uint8))
-        self._buffer, self._filled = self._free.get(), 0
-        self._bytes = 0
-        self._digests: list[Future] = []
-        self._error: OSError | None = None
 
     def __enter__(self) -> HashedFile:
         return self
@@ -86,6 +85,8 @@ class HashedFile:
             self._submit()
         try:
             digests = [digest.result() for digest in self._digests]
+            if self._error is not None:
+                raise self._error
             os.ftruncate(self._descriptor, self._bytes)  # the last block was written whole
             os.fsync(self._descriptor)
         except OSError as error:
@@ -94,7 +95,11 @@ class HashedFile:
 
     def _submit(self) -> None:
         buffer, length = self._buffer, self._filled
-        self._digests.append(self._pool.submit(self._hash_and_write, self._bytes, buffer, length))
+        try:
+            self._digests.append(self._pool.submit(self._hash_and_write, self._bytes, buffer, length))
+        except RuntimeError as error:  # no thread to be had, or the process is ending
+            self._error = OSError(errno.EAGAIN, str(error))
+            self._free.put(buffer)
         self._bytes += length
         self._buffer, self._filled = self._free.get(), 0
 

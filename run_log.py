@@ -125,15 +125,20 @@ class RunLog:
                 f"wandb_project: {project!r} was asked for but wandb is not installed; "
                 "pip install wandb, or leave --wandb_project away"
             ) from None
-        # silent: its own summary at the end would push ours off the screen
-        self.wandb = wandb.init(
-            project=project,
-            name=name,
-            mode=mode,
-            dir=str(self.folder),
-            config=json.loads(mask_secrets(json.dumps(config))),
-            settings=wandb.Settings(silent=True, console="off"),
-        )
+        given = sys.argv
+        sys.argv = [mask_secrets(word) for word in given]  # wandb records them
+        try:
+            self.wandb = wandb.init(
+                project=mask_secrets(project),
+                name=name and mask_secrets(name),
+                mode=mode,
+                dir=str(self.folder),
+                config=json.loads(mask_secrets(json.dumps(config))),
+                # silent: its own summary at the end would push ours off the screen
+                settings=wandb.Settings(silent=True, console="off"),
+            )
+        finally:
+            sys.argv = given
         self.line(f"W&B: project {project}, mode {mode}, files in {self.wandb.dir}")
 
     def close(self) -> None:

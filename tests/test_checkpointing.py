@@ -346,6 +346,14 @@ def test_a_disk_that_fills_up_is_said_with_the_files_name(tmp_path):
         signal.signal(signal.SIGXFSZ, old)
 
 
+def test_a_thread_that_cannot_be_had_is_an_error_of_finish(tmp_path):
+    with hashed_files.HashedFile(tmp_path / "file") as file:
+        file._pool.shutdown()  # as the interpreter does when it ends
+        assert file.write(bytes(3 * CHUNK)) == 3 * CHUNK
+        with pytest.raises(OSError, match="cannot schedule new futures after shutdown: .*file"):
+            file.finish()
+
+
 def test_a_full_disk_in_the_background_is_an_error_of_join():
     shards = shard_files.ShardFiles()
     shards.save({"a": torch.zeros(1_000_000)}, "/dev/full")
