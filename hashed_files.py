@@ -10,13 +10,15 @@ One core hashes 1.8 GiB/s, less than a good disk writes, so THREADS chunks are h
 
 Past the page cache (O_DIRECT): a checkpoint is larger than what memory a training run leaves free, so each page would be
 allocated, copied to and thrown away (measured: 0.4 to 1.3 GiB/s and 0.6 to 2.1 processor seconds a GiB, against 2.2 GiB/s and
-0.03). File systems without O_DIRECT get ordinary writes, started towards the disk as they come.
+0.03). Where a file system refuses O_DIRECT, at the opening or at a write, it gets ordinary writes, started towards the disk as
+they come.
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import hashlib
 import mmap
 import os
@@ -116,18 +118,32 @@ class HashedFile:
             self._free.put(buffer)
 
     def _write_at(self, start: int, buffer: np.ndarray, length: int) -> None:
-        end = length
-        if self._direct:
+        direct, end = self._direct, length
+        if direct:
             end = -(-length // BLOCK_BYTES) * BLOCK_BYTES
             buffer[length:end] = 0
         at = 0
-        while at < end:
-            written = os.pwrite(self._descriptor, memoryview(buffer)[at:end], start + at)
-            if not self._direct:
+        while at < length:
+            try:
+                written = os.pwrite(self._descriptor, memoryview(buffer)[at:end], start + at)
+            except OSError as error:
+                if not direct or error.errno != errno.EINVAL:
+                    raise
+                written = 0
+            if not direct:
                 _start_writeback(self._descriptor, start + at, written)
-            elif at + written < end:  # a disk that is full may end inside a block; asked again, it says so
-                written -= written % BLOCK_BYTES
+            elif (
+                not written or written % BLOCK_BYTES
+            ):  # refused, or the disk is full inside a block: ask for the reason
+                direct, end = False, length
+                self._leave_direct()
             at += written
+
+    def _leave_direct(self) -> None:
+        """Go on through the page cache; what was written past it stays."""
+        self._direct = False
+        flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
+        fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags & ~os.O_DIRECT)
 
 
 def chunks_sha256(path: Path) -> str:

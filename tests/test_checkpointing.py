@@ -1,6 +1,8 @@
 """What counts as a checkpoint, which one is taken, and what a resume refuses. The saves themselves run in test_train."""
 
 import dataclasses
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -330,11 +332,29 @@ def test_swapped_chunks_are_another_file(tmp_path):
     assert hashed_files.chunks_sha256(tmp_path / "a") != hashed_files.chunks_sha256(tmp_path / "b")
 
 
-def test_a_disk_that_fills_up_is_said_with_the_files_name(tmp_path):
+def test_a_file_system_that_refuses_direct_writes_gets_ordinary_ones(tmp_path, monkeypatch):
+    pwrite, refused = os.pwrite, []
+
+    def refusing(descriptor, data, offset):
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
+            refused.append(offset)
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return pwrite(descriptor, data, offset)
+
+    monkeypatch.setattr(hashed_files.os, "pwrite", refusing)
+    content = random.Random(3).randbytes(6 * CHUNK + 77)
+    with hashed_files.HashedFile(tmp_path / "file") as file:
+        file.write(content)
+        assert file.finish() == {"bytes": len(content), "chunks_sha256": digest_of(content)}
+    assert refused and (tmp_path / "file").read_bytes() == content
+
+
+@pytest.mark.parametrize("inside_a_block", [0, 100])
+def test_a_disk_that_fills_up_is_said_with_the_files_name(tmp_path, inside_a_block):
     """A limit on the file's size stands for the disk: the kernel writes what fits, then says no."""
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (CHUNK + 3 * 4096, limit[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (CHUNK + 3 * 4096 + inside_a_block, limit[1]))
     try:
         with hashed_files.HashedFile(tmp_path / "full") as file:
             for _ in range(12):
