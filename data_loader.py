@@ -725,6 +725,11 @@ class WindowLoader:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="window-prefetch") if prefetch else None
         self._pending: tuple[tuple[int, int], Future] | None = None
 
+    def begin(self, step: int) -> None:
+        """Read the first micro-batch of `step` in the background: the model can be loaded meanwhile."""
+        if self._pool and step < self.schedule.num_train_steps:
+            self._pending = ((step, 0), self._pool.submit(self._read_ahead, step, 0))
+
     def micro_batch(self, step: int, micro_step: int) -> np.ndarray:
         """Token ids of this rank's micro-batch, int64 [batch, seq_length]. A pure function of its arguments."""
         wanted = (step, micro_step)

@@ -409,12 +409,14 @@ def train(config: TrainConfig, deepspeed_json: str, dataset, schedule, shape, pl
         write_header(log, config, deepspeed_json, accelerator, model_config, dataset)
         if resume:
             resume = verify_resume(config, dataset, schedule, model_config, deepspeed_json, resume, log)
+        loader = data_loader.WindowLoader(dataset, schedule, seed=config.seed, rank=rank)
+        if config.replay_step is None:
+            loader.begin(resume[1].step if resume else 0)
         profiler = memory_utils.PhaseProfiler()
         with profiler.phase("load"):
             engine, fp32 = build(config, deepspeed_json, dataset, plan, model_config, accelerator, resume, log)
         loaded = memory_utils.phases_text(profiler.peaks)
         log.line(f"model and optimizer ready in {profiler.peaks['load'].seconds:.1f} s; {loaded}")
-        loader = data_loader.WindowLoader(dataset, schedule, seed=config.seed, rank=rank)
         progress = Progress()
         guard = StepGuard(norm_factor=config.spike_factor, loss_factor=config.loss_spike_factor)
         if resume:

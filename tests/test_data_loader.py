@@ -351,6 +351,22 @@ def test_a_micro_batch_depends_on_its_arguments_alone(dataset):
         assert not np.array_equal(other.micro_batch(0, 0), in_order[0, 0])
 
 
+def test_the_first_batch_can_be_read_before_it_is_asked_for(dataset):
+    plan = schedule(batch=2)
+    with (
+        WindowLoader(dataset, plan, seed=3, rank=1) as early,
+        WindowLoader(dataset, plan, seed=3, rank=1, prefetch=False) as plain,
+    ):
+        early.begin(5)
+        read = early._pending[1].result()
+        assert early.micro_batch(5, 0) is read
+        np.testing.assert_array_equal(read, plain.micro_batch(5, 0))
+        early.begin(5)  # and another one is asked for
+        np.testing.assert_array_equal(early.micro_batch(7, 1), plain.micro_batch(7, 1))
+        early.begin(plan.num_train_steps)  # a run that is done
+        plain.begin(5)
+
+
 def test_batches_that_are_still_held_are_never_written_again(dataset):
     """Arrays are given out again only when nobody holds them or anything made from them."""
     plan = schedule(steps=30, stages=(Stage(0, 64),))
