@@ -1,6 +1,6 @@
 """Checkpoints that are whole or not there: save under a temporary name, verify, rename; find, check, load, export.
 
-    python checkpointing.py --verify ./checkpoints/run/checkpoint-step500           # every byte against its checksum
+    python checkpointing.py --verify_checkpoint ./checkpoints/run/checkpoint-step500   # every byte against its checksum
     python checkpointing.py --export ./checkpoints/run/checkpoint-step500 ./model   # the Hub's own layout
 
     saver = Saver(engine, fp32, config=config, ...)          # on every rank
@@ -691,17 +691,19 @@ def _read_back(folder: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Check a checkpoint, or export it as a model in the Hub's layout.")
-    parser.add_argument("--verify", metavar="CHECKPOINT", help="compare every file with its size and checksum")
+    parser.add_argument(
+        "--verify_checkpoint", metavar="CHECKPOINT", help="compare every file with its size and checksum"
+    )
     parser.add_argument("--export", nargs=2, metavar=("CHECKPOINT", "DIR"), help="write a model folder")
     parser.add_argument("--tokenizer", help="with --export: the tokenizer folder to copy (default: the data's)")
     arguments = parser.parse_args()
-    if not arguments.verify and not arguments.export:
-        parser.error("give --verify CHECKPOINT or --export CHECKPOINT DIR")
-    if arguments.verify:
-        path = Path(arguments.verify)
+    if not arguments.verify_checkpoint and not arguments.export:
+        parser.error("give --verify_checkpoint CHECKPOINT or --export CHECKPOINT DIR")
+    if arguments.verify_checkpoint:
+        path = Path(arguments.verify_checkpoint)
         reason = incomplete_reason(path, checksums=True) if path.is_dir() else "the folder does not exist"
         if reason:
-            raise UserError(f"verify: {path} is no complete checkpoint: {reason}")
+            raise UserError(f"verify_checkpoint: {path} is no complete checkpoint: {reason}")
         say(f"{path}: complete, every file matches its checksum (step {read_state(path).step})")
     if arguments.export:
         export(Path(arguments.export[0]), Path(arguments.export[1]), tokenizer=arguments.tokenizer)

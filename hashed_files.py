@@ -132,9 +132,8 @@ class HashedFile:
                 written = 0
             if not direct:
                 _start_writeback(self._descriptor, start + at, written)
-            elif (
-                not written or written % BLOCK_BYTES
-            ):  # refused, or the disk is full inside a block: ask for the reason
+            # refused, or full inside a block: an ordinary write goes on or has the reason
+            elif written == 0 or written % BLOCK_BYTES:
                 direct, end = False, length
                 self._leave_direct()
             at += written

@@ -7,10 +7,10 @@
         --deepspeed deepspeed_config_h100.json needs a GPU and 64 GiB of host memory)
 
 First the save's writer alone against the disk's own speed, alternating: as many random bytes, written to one file by one
-process in pieces of 16 MiB, past the page cache (faster than through it), and fsynced. Each figure ends with all bytes on the
-disk. Then through the trainer as a user starts it: `accelerate launch train_continual_2m.py` with
-random weights, a checkpoint after every step, once with --no-background_save and once without; after each of the two
-runs the disk is asked again, for as many bytes as a checkpoint has.
+process in pieces of 16 MiB, past the page cache and (to compare) through it, and fsynced. Each figure ends with all bytes on
+the disk. Then through the trainer as a user starts it: `accelerate launch train_continual_2m.py` with random weights, a
+checkpoint after every step, once with --no-background_save and once without; after each of the two runs the disk is asked
+again, for as many bytes as a checkpoint has.
 """
 
 from __future__ import annotations
@@ -65,13 +65,14 @@ def model_of(arguments) -> dict:
     }
 
 
-def disk_speed(folder: Path, size: int) -> float:
-    """GiB/s of writing `size` random bytes to a new file in `folder`, past the page cache, until they are on the disk."""
+def disk_speed(folder: Path, size: int, *, flags: int = os.O_DIRECT) -> float:
+    """GiB/s of writing `size` random bytes to a new file in `folder` until they are on the disk; past the page cache, or with
+    `flags=0` through it."""
     piece = mmap.mmap(-1, PIECE_BYTES)
     piece.write(os.urandom(PIECE_BYTES))
     path = folder / "disk_speed"
     started = time.perf_counter()
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_DIRECT)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | flags)
     for _ in range(0, size, PIECE_BYTES):
         os.write(descriptor, piece)
     os.fsync(descriptor)
@@ -102,7 +103,11 @@ def alternate(folder: Path, gib: float, rounds: int) -> list[dict]:
         size = shards.join()[folder / "save.pt"]["bytes"]
         seconds, processor = time.perf_counter() - started, time.process_time() - processor
         (folder / "save.pt").unlink()
-        speeds = {"save": size / 2**30 / seconds, "disk": disk_speed(folder, size)}
+        speeds = {
+            "save": size / 2**30 / seconds,
+            "disk": disk_speed(folder, size),
+            "disk_through_page_cache": disk_speed(folder, size, flags=0),
+        }
         found.append({**speeds, "processor_s_per_gib": processor / (size / 2**30), "load_average": os.getloadavg()[0]})
     return found
 
@@ -206,7 +211,8 @@ def main() -> None:
     }
     arguments.out.write_text(portable(json.dumps(result, indent=1), WORK=work))
     print(
-        f"disk {median['disk']:.2f} GiB/s, save {median['save']:.2f} GiB/s ({100 * median['save'] / median['disk']:.0f} %), "
+        f"disk {median['disk']:.2f} GiB/s ({median['disk_through_page_cache']:.2f} through the page cache), "
+        f"save {median['save']:.2f} GiB/s ({100 * median['save'] / median['disk']:.0f} %), "
         f"{median['processor_s_per_gib']:.2f} processor seconds a GiB; checkpoint of {waiting[-1]['gib']:.2f} GiB: "
         f"{statistics.median(s['gib'] / s['seconds'] for s in waiting):.2f} GiB/s, the disk at that size "
         f"{' and '.join(f'{speed:.2f}' for speed in disk)}; training "

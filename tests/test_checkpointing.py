@@ -11,6 +11,7 @@ import random
 import resource
 import signal
 import stat
+import sys
 
 import pytest
 import torch
@@ -118,6 +119,18 @@ def test_damage_is_named(tmp_path):
         checkpointing.find_checkpoint(str(path), tmp_path, say=Log().line)
     with pytest.raises(UserError, match="no complete checkpoint"):
         checkpointing.find_checkpoint("latest", tmp_path, say=Log().line)
+
+
+def test_the_command_checks_one_checkpoint_in_full(tmp_path, monkeypatch, capsys):
+    path = write_checkpoint(tmp_path, 5)
+    monkeypatch.setattr(sys, "argv", ["checkpointing.py", "--verify_checkpoint", str(path)])
+    assert checkpointing.main() == 0
+    assert f"{path}: complete, every file matches its checksum (step 5)" in capsys.readouterr().out
+    content = bytearray((path / SHARD).read_bytes())
+    content[700] ^= 1
+    (path / SHARD).write_bytes(content)
+    with pytest.raises(UserError, match=f"verify_checkpoint: .*: {SHARD} does not match its checksum"):
+        checkpointing.main()
 
 
 def test_missing_folder_names_what_there_is(tmp_path):

@@ -236,14 +236,17 @@ def test_one_rank_equals_two_and_accumulation_equals_batch(options, folder):
 
 
 def test_another_number_of_ranks_continues_the_same_run(options, folder):
-    """fp32: three steps on two ranks, two more on one rank, the rest on four, at the same four sequences a step."""
+    """fp32, at the same four sequences a step: 2 ranks, 1, 2, 4 and 2 again, each from the checkpoint of the one before."""
     whole = ("--no-bf16",)
     launched.train(*options("ranks2", *whole, accumulation=2), ranks=2)
-    launched.train(*options("moved", *whole, "--stop_after_steps", "3", accumulation=2), ranks=2)
     resume = ("--resume_from_checkpoint", "latest")
-    output = launched.train(*options("moved", *whole, *resume, "--stop_after_steps", "5", accumulation=4), ranks=1)
-    assert "was written by 2 processes, converting for 1" in output
-    launched.train(*options("moved", *whole, *resume, accumulation=1), ranks=4)
+    before = None
+    for ranks, until in ((2, 2), (1, 3), (2, 4), (4, 6), (2, STEPS)):
+        extra = (*whole, *resume, "--stop_after_steps", str(until))
+        output = launched.train(*options("moved", *extra, accumulation=4 // ranks), ranks=ranks)
+        if before:
+            assert f"was written by {before} processes, converting for {ranks}" in output
+        before = ranks
     assert launched.losses(folder / "moved") == pytest.approx(launched.losses(folder / "ranks2"), rel=3e-6)
     assert not list((folder / "moved").glob(".writing-*"))
 
