@@ -214,7 +214,7 @@ def main() -> None:
         f"disk {median['disk']:.2f} GiB/s ({median['disk_through_page_cache']:.2f} through the page cache), "
         f"save {median['save']:.2f} GiB/s ({100 * median['save'] / median['disk']:.0f} %), "
         f"{median['processor_s_per_gib']:.2f} processor seconds a GiB; checkpoint of {waiting[-1]['gib']:.2f} GiB: "
-        f"{statistics.median(s['gib'] / s['seconds'] for s in waiting):.2f} GiB/s, the disk at that size "
+        f"{statistics.median(s['gib'] / max(s['seconds'], 1e-3) for s in waiting):.2f} GiB/s, the disk at that size "
         f"{' and '.join(f'{speed:.2f}' for speed in disk)}; training "
         f"waited {statistics.median(s['training_waited_s'] for s in waiting):.2f} s for it, "
         f"{statistics.median(s['training_waited_s'] for s in hidden[:-1]):.2f} s when written behind a step of "

@@ -114,8 +114,12 @@ def test_places_and_tiles_change_nothing(ids, reference):
     assert max(errors) <= 1.05 * errors[0]
 
 
-def test_document_borders(ids):
-    """bf16 with varlen kernels against fp32 with the reference kernels, documents of 1 to some thousand tokens."""
+def test_document_borders(ids, reference):
+    """bf16 with varlen kernels against fp32 with the reference kernels: no worse than bf16 is on one undivided document."""
+    model = real_layers(torch.bfloat16)
+    install_long_sequence(model, **NOTHING_FIXED)
+    undivided = total_error(loss_and_gradients(model, ids)[1], reference[1])
+    del model
     ids = ids.clone()
     ids[0, [0, 1, 40, 2500, 2503, 7000]] = EOS
     wide, model = real_layers(torch.float32), real_layers(torch.bfloat16)
@@ -132,4 +136,6 @@ def test_document_borders(ids):
     install_long_sequence(model, segment_tokens=3000, heads_per_group=16, token_tile=4096, document_separator_id=EOS)
     found = loss_and_gradients(model, ids)
     assert found[0] == pytest.approx(expected[0], rel=1e-3)
-    assert total_error(found[1], expected[1]) < 0.06
+    own = total_error(found[1], expected[1])
+    print(f"error of the whole gradient: {own:.5f} with document borders, {undivided:.5f} without")
+    assert own <= 1.1 * undivided
