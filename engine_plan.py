@@ -154,8 +154,9 @@ def engine_buffers(
     ]
     if training:
         buffers.append(Buffer("last hidden states, then their gradient", stream, plan.gradient))
-    # tiles that come from the host: the one in work and the next
-    coming = ((plan.stream == "host") + (training and plan.gradient == "host")) * min(2 * segment, tokens) * D * e
+    # tiles that come from the host: the one in work and the next, for the last of a layer's inputs the next layer's first
+    coming = (plan.stream == "host") * 2 * segment * D * e
+    coming += (training and plan.gradient == "host") * min(2 * segment, tokens) * D * e
     mlp = _mlp_tile(shape, tile, e, training=training, frozen_experts=frozen_experts)
     if kda_layers:
         state = shape.kda_heads * shape.kda_dim**2 * 4 + (shape.conv_width - 1) * 3 * shape.kda_width * e
@@ -179,6 +180,8 @@ def engine_buffers(
     # the tile's logits and the norm of its rows
     loss = min(plan.loss_tile, tokens) * (shape.vocab + 7 * D) * e
     buffers.append(Buffer("one loss tile", loss, "gpu", ("loss",)))
+    if training and plan.stream == "host":
+        buffers.append(Buffer("first tile of the last layer's input", segment * D * e, "gpu", ("loss",)))
     return buffers
 
 
@@ -260,17 +263,25 @@ def _mla_buffers(shape: Shape, tokens: int, plan: Plan, e: int, *, training: boo
     # in backward: the norm (6), its gradient (4), and queries, latent and their gradients
     queries = shape.mla_heads * shape.qk_dim
     projections = tile * (10 * D + 4 * queries + 6 * shape.latent) * e
-    on_host = D * (plan.stream == "host") + D * (plan.gradient == "host") + queries * (plan.query_gradients == "host")
-    projections += min(2 * tile, tokens) * on_host * e
+    on_host = D * (plan.gradient == "host") + queries * (plan.query_gradients == "host")
+    projections += (min(2 * tile, tokens) * on_host + 2 * tile * D * (plan.stream == "host")) * e
+    # what the sweep after the last group's attention reads first, but for that group's own part
+    groups = -(-shape.mla_heads // plan.heads_per_group)
+    earlier = (groups - 1) * plan.heads_per_group
+    if training:
+        first = tile * (D * (plan.gradient == "host") + earlier * shape.qk_dim * (plan.query_gradients == "host"))
+    else:
+        first = tile * earlier * shape.v_dim * (plan.attention_outputs == "host")
+    first += tile * D * (plan.stream == "host")
     buffers = [
         Buffer("latent", latent * e, "gpu", during),
         Buffer("one head group", tokens * plan.heads_per_group * group, "gpu", ("attention",)),
+        Buffer("first tiles of the sweep after attention", first * e, "gpu", ("attention",)),
         Buffer("projection tiles", projections, "gpu", ("mla_input",)),
     ]
     if plan.normed == "gpu":
         buffers.append(Buffer("normed hidden states", tokens * D * e, "gpu", during))
     if training:
-        groups = -(-shape.mla_heads // plan.heads_per_group)
         sizes = [size for size in query_gradient_sizes(shape) if not _reuses_outputs(shape, plan, size)]
         dq = tokens * shape.mla_heads * sum(sizes) * e
         buffers += [

@@ -353,6 +353,25 @@ class LongSequenceEngine:
         source.free()
         return weights, gradients
 
+    # What the next sweep over the stream reads first: its copy hides behind the last piece of the sweep before. At the long
+    # lengths this is one piece of 32, at the short ones one of two.
+
+    def _first_in_forward(self, step: Step, index: int, source: Stash, last: tuple[int, int]) -> list:
+        """Of layer `index` (after the last layer, of the loss) from its input, unless `last`, the piece in work, writes it."""
+        size = step.plan.loss_tile
+        if index < len(self.parts.layers):
+            kda = self.parts.layers[index].mixer == "kda"
+            size = self._segments(step)[0][1] if kda else step.plan.projection_tile
+        return [(source, 0, size)] if size <= last[0] else []
+
+    def _first_in_backward(self, step: Step, index: int) -> list:
+        """Of layer `index` from its input; the embedding's backward (-1) does not read it."""
+        if index < 0:
+            return []
+        kda = self.parts.layers[index].mixer == "kda"
+        pieces = self._segments(step)[::-1] if kda else spans(step.documents.tokens, step.plan.projection_tile)
+        return [(step.stashes[index], *pieces[0])]
+
     # ---- MLP and experts of a layer, by token tiles
 
     def _mlp(self, index: int, w: dict, h: torch.Tensor, *, need_output: bool = True) -> torch.Tensor:
@@ -468,7 +487,9 @@ class LongSequenceEngine:
     def _kda_forward(self, step: Step, index: int, w: dict, source: Stash, target: Stash) -> KdaKept:
         kept = KdaKept([], [])
         state = tail = None
-        for (start, end), (x,) in read_ahead([source], self._segments(step)):
+        pieces = self._segments(step)
+        then = self._first_in_forward(step, index + 1, target, pieces[-1])
+        for (start, end), (x,) in read_ahead([source], pieces, then):
             if step.documents.starts_at(start):
                 state = tail = None
             if step.keep:
@@ -482,7 +503,8 @@ class LongSequenceEngine:
         kept: KdaKept = step.kept.pop(index)
         own = {name: w[name] for name in w if name not in _MLP_NAMES}
         d_state = d_tail = None
-        for (start, end), (x, d) in read_ahead([source, step.gradient], self._segments(step)[::-1]):
+        pieces, then = self._segments(step)[::-1], self._first_in_backward(step, index - 1)
+        for (start, end), (x, d) in read_ahead([source, step.gradient], pieces, then):
             state, tail = kept.states.pop(), kept.tails.pop()
             tile = Recompute(own, x=x, state=state, tail=tail)
             with torch.enable_grad():
@@ -561,14 +583,19 @@ class LongSequenceEngine:
         """Attention of every head group into stashes."""
         shape = self.parts.shape
         kept = MlaKept([], [])
-        for group in self._groups(step):
+        groups, pieces = self._groups(step), spans(step.documents.tokens, step.plan.segment_tokens)
+        for group in groups:
             q, k, v = self._expand(step, w, source, latent, normed, group)
+            last = group is groups[-1]
+            if last:
+                for ahead in (source, *kept.outputs):  # as the sweep that follows reads them
+                    ahead.prefetch(*pieces[0])
             out, lse = self.kernels.attention.forward(q, k, v, step.documents, shape.qk_dim**-0.5)
             del q, k, v
             where = step.plan.attention_outputs
             stash = self._stash(step, out.shape[1] * shape.v_dim, where)
-            for start, end in spans(out.shape[0], step.plan.projection_tile):
-                stash.write(start, end, out[start:end].flatten(1))
+            for start, end in pieces:
+                stash.write(start, end, out[start:end].flatten(1), read_next=last and start == 0)
             kept.outputs.append(stash)
             kept.lses.append(self.transfer.stash(*lse.shape, lse.dtype, on_gpu=where == "gpu"))
             kept.lses[-1].write(0, lse.shape[0], lse)
@@ -582,7 +609,8 @@ class LongSequenceEngine:
     def _mla_forward(self, step: Step, index: int, w: dict, source: Stash, target: Stash) -> MlaKept | None:
         kept = self._attend(step, w, source, *self._prepare_mla(step, w, source))
         pieces = spans(step.documents.tokens, step.plan.segment_tokens)
-        for (start, end), (x, *outs) in read_ahead([source, *kept.outputs], pieces):
+        then = self._first_in_forward(step, index + 1, target, pieces[-1])
+        for (start, end), (x, *outs) in read_ahead([source, *kept.outputs], pieces, then):
             target.write(start, end, self._mlp_tiles(step, index, w, self._after_attention(w, x, outs)))
         if step.keep and step.plan.keep_attention:
             return kept
@@ -598,7 +626,7 @@ class LongSequenceEngine:
         self._mla_output_backward(step, index, w, source, kept, gradients)
         d_latent, d_queries = self._mla_groups_backward(step, w, source, latent, normed, kept, gradients)
         del latent, normed
-        self._mla_input_backward(step, w, source, d_latent, d_queries, gradients)
+        self._mla_input_backward(step, index, w, source, d_latent, d_queries, gradients)
 
     def _mla_output_backward(self, step: Step, index, w, source, kept: MlaKept, gradients: Gradients) -> None:
         """Through the MLP and the output projection's weight; the gradient stash then holds that at the first residual."""
@@ -614,35 +642,43 @@ class LongSequenceEngine:
 
     def _mla_groups_backward(self, step: Step, w, source, latent, normed, kept: MlaKept, gradients: Gradients):
         """Attention's backward, head group by head group: returns the latent's gradient [T, L + R] (fp32) and the
-        queries' as one stash per group."""
+        queries' as stashes, group by group."""
         shape, tokens = self.parts.shape, step.documents.tokens
         d_latent = torch.zeros(latent.shape, dtype=compute_dtype(latent.dtype), device=latent.device)
-        d_queries = []
-        for number, group in enumerate(self._groups(step)):
-            q, k, v = self._expand(step, w, source, latent, normed, group)
+        d_queries: list[Stash] = []
+        groups, pieces = self._groups(step), spans(tokens, step.plan.projection_tile)
+        for number, group in enumerate(groups):
             heads = group.stop - group.start
-            out, lse = kept.outputs[number].read(0, tokens).view_as(v), kept.lses[number].read(0, heads)
+            # started here, the copy of a whole group hides behind the projections and takes no memory beside attention's own
+            kept.outputs[number].prefetch(0, tokens)
+            kept.lses[number].prefetch(0, heads)
+            q, k, v = self._expand(step, w, source, latent, normed, group)
             columns = w["out"][:, group.start * shape.v_dim : group.stop * shape.v_dim]
-            d_out = torch.empty_like(out)
-            for (start, end), (d,) in read_ahead([step.gradient], spans(tokens, step.plan.projection_tile)):
+            d_out = torch.empty_like(v)
+            for (start, end), (d,) in read_ahead([step.gradient], pieces):
                 d_out[start:end] = (d @ columns).view(-1, heads, shape.v_dim)
+            out, lse = kept.outputs[number].read(0, tokens).view_as(v), kept.lses[number].read(0, heads)
+            last = group is groups[-1]
+            if last:
+                for ahead in (source, step.gradient, *d_queries):  # as the sweep that follows reads them
+                    ahead.prefetch(*pieces[0])
             dq, dk, dv = self.kernels.attention.backward(d_out, q, k, v, out, lse, step.documents, shape.qk_dim**-0.5)
             del q, k, v, out, lse, d_out
             kept.outputs[number].free()
             kept.lses[number].free()
             self._kv_b_backward(step, w, latent, group, dk, dv, d_latent, gradients)
             del dk, dv
-            d_queries.append(self._keep_query_gradient(step, dq))
+            d_queries += self._keep_query_gradient(step, dq, read_next=last)
             del dq  # before the next group is expanded: these three are 8 GiB for 4 heads at 2M
         return d_latent, d_queries
 
-    def _keep_query_gradient(self, step: Step, dq: torch.Tensor) -> list[Stash]:
+    def _keep_query_gradient(self, step: Step, dq: torch.Tensor, *, read_next: bool) -> list[Stash]:
         """dq [T, heads, K] into stashes of `query_gradient_sizes` columns per head."""
         sizes = query_gradient_sizes(self.parts.shape)
         stashes = [self._stash(step, dq.shape[1] * size, step.plan.query_gradients) for size in sizes]
         for stash, part in zip(stashes, dq.split(sizes, -1), strict=True):
             for start, end in spans(dq.shape[0], step.plan.projection_tile):
-                stash.write(start, end, part[start:end].flatten(1))
+                stash.write(start, end, part[start:end].flatten(1), read_next=read_next and start == 0)
         return stashes
 
     def _kv_b_backward(self, step: Step, w, latent, group: slice, dk, dv, d_latent, gradients: Gradients) -> None:
@@ -656,15 +692,15 @@ class LongSequenceEngine:
                 gradients.add("kv_b", grad, rows=rows, shape=w["kv_b"].shape)
 
     def _mla_input_backward(
-        self, step: Step, w, source, d_latent, d_queries: list[Stash], gradients: Gradients
+        self, step: Step, index: int, w, source, d_latent, d_queries: list[Stash], gradients: Gradients
     ) -> None:
         """From the gradients of queries, latent and shared key to the layer's input; rewrites the gradient stash."""
         shape = self.parts.shape
         own = {name: w[name] for name in w if name in _MLA_INPUT_NAMES}
         pieces = spans(step.documents.tokens, step.plan.projection_tile)
         sizes = query_gradient_sizes(shape)
-        flat = [stash for stashes in d_queries for stash in stashes]
-        for (start, end), (x, d, *parts) in read_ahead([source, step.gradient, *flat], pieces):
+        then = self._first_in_backward(step, index - 1)
+        for (start, end), (x, d, *parts) in read_ahead([source, step.gradient, *d_queries], pieces, then):
             columns = [
                 torch.cat([p.unflatten(1, (-1, size)) for p in parts[i :: len(sizes)]], 1)
                 for i, size in enumerate(sizes)
@@ -678,7 +714,7 @@ class LongSequenceEngine:
             d_own = d_latent[start:end].to(step.dtype).split([shape.latent, shape.shared_key], -1)
             (dx,) = tile.backward([queries, latent, shared], [dq, *d_own], gradients)
             step.gradient.write(start, end, d + dx)
-        for stash in flat:
+        for stash in d_queries:
             stash.free()
 
     # ---- final norm and loss
@@ -700,7 +736,8 @@ class LongSequenceEngine:
         )
         norm_gradients = Gradients({"norm": norm_weight.requires_grad_(want_norm_grad)})
         losses, choices = [], []
-        for (start, end), (x,) in read_ahead([stash], spans(tokens, step.plan.loss_tile)):
+        then = self._first_in_backward(step, len(self.parts.layers) - 1) if step.keep else []
+        for (start, end), (x,) in read_ahead([stash], spans(tokens, step.plan.loss_tile), then):
             tile = Recompute({"norm": norm_weight}, x=x)
             with torch.set_grad_enabled(step.keep):
                 normed = rms_norm(tile.inputs["x"], tile.weights["norm"], self.parts.norm_eps)

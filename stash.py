@@ -6,8 +6,12 @@
         stash.write(start, end, work(tile))                     # reads and writes overlap with `work`
 
 Copies run on two streams of their own, one each way (54.6 GB/s each, 90 GB/s together on an H100). What is ordered by what:
-a read waits for the last write of its stash; a write waits for the work before it; a reused buffer's first write comes after
-its former owner's copies because it is queued behind them. On the CPU every copy is done at once.
+a read waits for the last write of its stash and, because its tile's memory may be in use until then, for all work queued
+before it; a write waits for the work before it; a reused buffer's first write comes after its former owner's copies because it
+is queued behind them. On the CPU every copy is done at once.
+
+Within a sweep each read hides behind the work on the piece before. A sweep's first piece hides behind what runs before the
+sweep, if its read is queued before that work: `prefetch` queues it, and the stash keeps the tile until the sweep asks for it.
 """
 
 from __future__ import annotations
@@ -138,6 +142,7 @@ class Stash:
         self.transfer, self.on_gpu = transfer, on_gpu or not transfer.cuda
         self._copies = not on_gpu  # on the CPU a "host" stash hands out copies too, so that tests see no aliasing
         self._buffer = self._written = None
+        self._ahead: dict[tuple[int, int], tuple] = {}  # by span: reads that were started and not yet asked for
         if self.on_gpu:
             self.data = torch.empty(tokens, width, dtype=dtype, device=transfer.device)
         else:
@@ -145,7 +150,17 @@ class Stash:
             self._buffer = transfer.pool.take(nbytes)
             self.data = self._buffer[:nbytes].view(dtype).view(tokens, width)
 
+    def prefetch(self, start: int, end: int) -> None:
+        """Start a read now, before long work is queued; the next `start_read` of this span hands it out.
+
+        Its tile takes GPU memory from here on. What is on the GPU already needs nothing.
+        """
+        if self._copies:
+            self._ahead[start, end] = self.start_read(start, end)
+
     def start_read(self, start: int, end: int):
+        if (start, end) in self._ahead:
+            return self._ahead.pop((start, end))
         if self.on_gpu:
             view = self.data[start:end]
             return (view.clone() if self._copies else view), None
@@ -160,14 +175,24 @@ class Stash:
     def read(self, start: int, end: int) -> torch.Tensor:
         return self.finish_read(self.start_read(start, end))
 
-    def write(self, start: int, end: int, tile: torch.Tensor) -> None:
+    def write(self, start: int, end: int, tile: torch.Tensor, *, read_next: bool = False) -> None:
+        """`read_next`: this span is read soon, so a copy stays on the GPU that spares it the way to the host and back."""
+        self._drop(start, end)
         if self.on_gpu:
             self.data[start:end].copy_(tile)
         else:
             self._written = self.transfer.to_host(self.data[start:end], tile.contiguous())
+        if read_next and self._copies:
+            self._ahead[start, end] = tile.clone(), None
+
+    def _drop(self, start: int, end: int) -> None:
+        """Forget reads that overlap this span. Work queued later may get their tiles' memory, so it waits for the copies."""
+        for span in [span for span in self._ahead if span[0] < end and start < span[1]]:
+            self.finish_read(self._ahead.pop(span))
 
     def free(self) -> None:
         """Give the memory back. Copies into it may still be under way: the next owner's come after them on their stream."""
+        self._drop(0, self.data.shape[0])
         if self._buffer is not None:
             self.transfer.pool.give(self._buffer)
         self.data = self._buffer = None
@@ -181,11 +206,21 @@ def spans(tokens: int, size: int) -> list[tuple[int, int]]:
     return [(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
 
-def read_ahead(stashes: Iterable[Stash], pieces: list[tuple[int, int]]) -> Iterator[tuple[tuple[int, int], list]]:
-    """Go through spans of several stashes at once; the next span's copies run while the caller works on this one."""
+def read_ahead(
+    stashes: Iterable[Stash], pieces: list[tuple[int, int]], then: Iterable[tuple[Stash, int, int]] = ()
+) -> Iterator[tuple[tuple[int, int], list]]:
+    """Go through spans of several stashes at once; the next span's copies run while the caller works on this one.
+
+    `then`: (stash, start, end) of what the next sweep reads first; these copies run behind the work on the last span.
+    """
     stashes = list(stashes)
     started = [stash.start_read(*pieces[0]) for stash in stashes]
     for number, piece in enumerate(pieces):
-        ahead = [stash.start_read(*pieces[number + 1]) for stash in stashes] if number + 1 < len(pieces) else []
+        if number + 1 < len(pieces):
+            ahead = [stash.start_read(*pieces[number + 1]) for stash in stashes]
+        else:
+            ahead = []
+            for stash, start, end in then:
+                stash.prefetch(start, end)
         yield piece, [stash.finish_read(read) for stash, read in zip(stashes, started, strict=True)]
         started = ahead

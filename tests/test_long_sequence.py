@@ -33,6 +33,10 @@ SHAPES = [  # what the random ones below might not meet, by name
     {"mixers": "kmm", "mlps": "dss", "tokens": 31, "segment": 9, "tile": 6, "trainable": "no_experts"},
     {"mixers": "kmk", "mlps": "dss", "tokens": 31, "segment": 9, "tile": 6, "trainable": "attention"},
     {"mixers": "mk", "mlps": "ss", "tokens": 25, "segment": 7, "tile": 7, "outputs": "recompute", "offload": "host"},
+    # reads started in the sweep or attention before: several groups and pieces; one piece; KDA and MLA in pieces that differ
+    {"mixers": "mkkmm", "mlps": "sdsds", "tokens": 50, "heads": 1, "segment": 12, "tile": 12, "offload": "host"},
+    {"mixers": "mmk", "mlps": "ddd", "tokens": 30, "heads": 3, "segment": 30, "tile": 8, "offload": "host"},
+    {"mixers": "kmkm", "mlps": "dsds", "tokens": 41, "heads": 2, "segment": 7, "tile": 18, "offload": "host"},
     {"mixers": "mk", "mlps": "ss", "tokens": 25, "heads": 2, "config": {"q_lora_rank": 10, "attention_bias": True}},
     {"mixers": "kk", "mlps": "ss", "tokens": 19, "config": {"n_group": 3, "topk_group": 2, "n_shared_experts": 2}},
 ]
@@ -263,6 +267,103 @@ def test_a_host_stash_hands_out_copies_and_keeps_what_was_written():
         assert stash.data[start:end].max() < 100
         stash.write(start, end, tile)
     assert stash.data[:, 0].tolist() == [100 + 3 * i for i in range(10)]
+
+
+def stash_of_ones(*, on_gpu: bool = False) -> Stash:
+    """What changes its `data` behind its back shows when a read was made."""
+    stash = Stash(Transfer(torch.device("cpu")), 10, 1, torch.float64, on_gpu=on_gpu)
+    stash.write(0, 10, torch.ones(10, 1, dtype=torch.float64))
+    return stash
+
+
+def test_a_prefetched_span_is_handed_out_once():
+    stash = stash_of_ones()
+    stash.prefetch(2, 5)
+    stash.data.fill_(2)
+    assert stash.read(2, 6).eq(2).all()  # another span
+    assert stash.read(2, 5).eq(1).all()
+    assert stash.read(2, 5).eq(2).all()
+
+
+def test_a_write_drops_what_was_prefetched_of_its_span_and_nothing_else():
+    stash = stash_of_ones()
+    for span in ((0, 6), (6, 10)):
+        stash.prefetch(*span)
+    stash.data.fill_(2)
+    stash.write(5, 6, torch.full((1, 1), 3.0, dtype=torch.float64))
+    assert stash.read(0, 6)[:, 0].tolist() == [2, 2, 2, 2, 2, 3]
+    assert stash.read(6, 10).eq(1).all()
+
+
+def test_a_dropped_prefetch_is_waited_for():
+    """Its tile's memory goes to the work queued next, while the copy into it may still be under way."""
+
+    class Waits(Stash):
+        waited = 0
+
+        def finish_read(self, started):
+            self.waited += 1
+            return super().finish_read(started)
+
+    stash = Waits(Transfer(torch.device("cpu")), 10, 1, torch.float64, on_gpu=False)
+    for span in ((0, 4), (4, 8), (8, 10)):
+        stash.prefetch(*span)
+    stash.write(3, 5, torch.ones(2, 1, dtype=torch.float64))
+    assert stash.waited == 2
+    stash.free()
+    assert stash.waited == 3
+
+
+def test_a_tile_that_is_read_next_is_a_copy_of_what_was_written():
+    stash, tile = stash_of_ones(), torch.full((4, 1), 5.0, dtype=torch.float64)
+    stash.write(0, 4, tile, read_next=True)
+    tile += 1
+    stash.data.fill_(2)
+    assert stash.read(0, 4).eq(5).all()
+    assert stash.read(0, 4).eq(2).all()
+
+
+def test_a_stash_on_the_gpu_prefetches_nothing():
+    stash = stash_of_ones(on_gpu=True)
+    stash.prefetch(0, 4)
+    stash.write(4, 8, torch.ones(4, 1, dtype=torch.float64), read_next=True)
+    stash.data.fill_(2)
+    assert stash.read(0, 4).eq(2).all() and stash.read(4, 8).eq(2).all()
+
+
+@pytest.mark.parametrize("pieces", [[(0, 10)], [(0, 6), (6, 10)], [(6, 10), (0, 6)]])
+def test_read_ahead_starts_the_next_sweeps_reads_with_its_last_piece(pieces):
+    stash, following = stash_of_ones(), stash_of_ones()
+    for number, _ in enumerate(read_ahead([stash], pieces, [(following, 0, 3)])):
+        following.data.fill_(10 + number)  # after the reads that are started with this piece
+    last = len(pieces) - 1
+    assert following.read(0, 3).eq(9 + last if last else 1).all()
+    assert following.read(0, 3).eq(10 + last).all()
+
+
+@pytest.mark.parametrize("outputs", ["keep", "recompute"])
+def test_every_prefetched_tile_is_read(monkeypatch, outputs):
+    """One that no sweep asks for would lie on the GPU until its stash is given back."""
+    prefetched, dropped = [], []
+    prefetch, drop = Stash.prefetch, Stash._drop
+
+    def counted_prefetch(stash, start, end):
+        prefetched.append((start, end))
+        prefetch(stash, start, end)
+
+    def watched_drop(stash, start, end):
+        before = set(stash._ahead)
+        drop(stash, start, end)
+        dropped.extend(before - set(stash._ahead))
+
+    monkeypatch.setattr(Stash, "prefetch", counted_prefetch)
+    monkeypatch.setattr(Stash, "_drop", watched_drop)
+    options = {"segment_tokens": 10, "heads_per_group": 1, "offload": "host", "attention_outputs": outputs}
+    for tile, tokens in ((5, 47), (10, 47), (20, 47), (20, 15), (5, 10)):
+        model = engine_model(tiny_model("kmmk", "dsds"), token_tile=tile, **options)
+        ids = torch.randint(4, 97, (1, tokens))
+        model(input_ids=ids, labels=ids).loss.backward()
+    assert len(prefetched) > 100 and not dropped
 
 
 # ---------------------------------------------------------------------------------------------- the plan
