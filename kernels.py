@@ -268,9 +268,15 @@ class ReferenceAttention:
 
 
 class Flash4Attention:
-    """flash-attn-4 (`flash_attn.cute`): the fastest on Hopper. Documents run in one variable-length call."""
+    """flash-attn-4 (`flash_attn.cute`): the fastest on Hopper. Documents run in one variable-length call.
+
+    `hopper_backward`: our tile for its backward (flash4_backward.py), None where that does not apply.
+    """
 
     name = "flash4"
+
+    def __init__(self, hopper_backward: Callable | None = None):
+        self._hopper_backward = hopper_backward
 
     def forward(self, q_THK, k_THK, v_THV, documents: Documents, scale: float):
         from flash_attn.cute.interface import _flash_attn_fwd
@@ -289,6 +295,9 @@ class Flash4Attention:
         from flash_attn.cute.interface import _flash_attn_bwd
 
         arguments, unpack = self._layout(documents, q_THK.device)
+        if self._hopper_backward is not None:
+            borders, longest = arguments.get("cu_seqlens_q"), documents.longest
+            return self._hopper_backward(do_THV, q_THK, k_THK, v_THV, o_THV, lse_HT, borders, longest, scale)
         lse = lse_HT if arguments else lse_HT.unsqueeze(0)
         dq, dk, dv = _flash_attn_bwd(
             *(unpack(x) for x in (q_THK, k_THK, v_THV, o_THV, do_THV)),
@@ -638,9 +647,20 @@ def choose_attention(device: torch.device, *, qk_dim: int, v_dim: int, wanted: s
             raise UserError(f"attention_backend: {wanted!r} is not one of auto, {', '.join(order)}, reference")
         if wanted in problems and not problems[wanted].endswith("tested one"):
             raise UserError(f"attention_backend: {wanted!r} cannot run here: {problems[wanted]}; use 'auto'")
-        return (Flash4Attention() if wanted == "flash4" else SdpaAttention(wanted)), "asked for"
+        if wanted == "flash4":
+            return _flash4(capability, qk_dim, v_dim, problems, "asked for")
+        return SdpaAttention(wanted), "asked for"
     name = next(name for name in order if name not in problems)
     reason = "the fastest that runs here"
     if problems:
         reason += "; not " + "; not ".join(f"{other}: {problem}" for other, problem in problems.items())
-    return (Flash4Attention() if name == "flash4" else SdpaAttention(name)), reason
+    return _flash4(capability, qk_dim, v_dim, problems, reason) if name == "flash4" else (SdpaAttention(name), reason)
+
+
+def _flash4(capability: tuple[int, int], qk_dim: int, v_dim: int, problems: dict[str, str], reason: str):
+    """(flash-attn-4, reason): with our tile in the backward where that was measured, on Hopper with the tested version."""
+    if capability[0] != 9 or (qk_dim, v_dim) != (192, 128) or "flash4" in problems:
+        return Flash4Attention(), reason
+    from flash4_backward import HopperBackward
+
+    return Flash4Attention(HopperBackward()), f"{reason}; its backward with our tile of 64 x 128"

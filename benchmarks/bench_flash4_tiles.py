@@ -1,10 +1,13 @@
 """flash-attn-4 at this model's head sizes (192 for q and k, 128 for v) with other tiles than its own, on one Hopper GPU.
 
     python benchmarks/bench_flash4_tiles.py --out benchmarks/results/flash4_tiles_h100.json
+    ... --only "backward 64x96 (its own)" "backward 64x128, ours" --out benchmarks/results/flash4_wide_tile_h100.json
 
-Each candidate is compiled in a process of its own, all at once; they are timed one at a time, at 4 heads of 65,536 and of
-262,144 tokens, causal, medians of three. Forward FLOPs are T^2 * heads * 320, backward 2.5 times that. Beside the speed stand
-the relative errors against fp32 (output; dq, dk, dv), since several tiles compile and compute something else.
+"ours" is flash4_backward.py, which the engine runs; all others change flash-attn-4's own numbers only. Each candidate is
+compiled in a process of its own, all at once; they are timed one at a time, at 4 heads of 65,536 and of 262,144 tokens,
+causal, medians of three. Forward FLOPs are T^2 * heads * 320, backward 2.5 times that. Beside the speed stand the relative
+errors against fp32 (output; dq, dk, dv), since several tiles compile and compute something else. Clock (MHz) and power (W)
+are nvidia-smi's while the longest is repeated.
 """
 
 from __future__ import annotations
@@ -16,7 +19,10 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 OWN_BACKWARD = {
     "m_block_size": 64,
@@ -48,7 +54,9 @@ FORWARD = {  # rows, columns, P in registers, overlap inside a warp group
     "forward 192x112": (192, 112, True, False),
     "forward 192x96": (192, 96, True, False),
 }
+OURS = "backward 64x128, ours"
 SCALE = 192**-0.5
+LONGEST = 262_144
 LOCK = Path("/tmp/flash4_tiles.lock")
 
 
@@ -56,10 +64,14 @@ def worker(name: str) -> dict:
     import flash_attn.cute.interface as flash4
     import torch
 
+    import kernels
+
     if name in FORWARD:
         flash4._tile_size_fwd_sm90 = lambda *_, **__: flash4.FwdConfig(*FORWARD[name])
-    else:
+    elif name in BACKWARD:
         flash4._tile_size_bwd_sm90 = lambda *_, **__: flash4.BwdConfig(**{**OWN_BACKWARD, **BACKWARD[name]})
+
+    ours, _ = kernels.choose_attention(torch.device("cuda"), qk_dim=192, v_dim=128, wanted="flash4")
 
     def data(tokens, heads):
         torch.manual_seed(0)
@@ -70,6 +82,9 @@ def worker(name: str) -> dict:
         return flash4._flash_attn_fwd(q, k, v, softmax_scale=SCALE, causal=True, return_lse=True)[:2]
 
     def backward(q, k, v, out, d_out, lse):
+        if name == OURS:
+            documents = kernels.Documents((0, q.shape[1]))
+            return ours.backward(d_out[0], q[0], k[0], v[0], out[0], lse[0], documents, SCALE)
         return flash4._flash_attn_bwd(q, k, v, out, d_out, lse, softmax_scale=SCALE, causal=True)
 
     *qkv, d_out = data(2048, 2)
@@ -79,34 +94,57 @@ def worker(name: str) -> dict:
     later = torch.ones(2048, 2048, device="cuda", dtype=torch.bool).triu(1)
     expected = torch.einsum("bhij,bjhd->bihd", scores.masked_fill(later, float("-inf")).softmax(-1), wide[2])
     pairs = [(out, expected)]
-    if name in BACKWARD:
+    if name not in FORWARD:
         expected_grads = torch.autograd.grad(expected, wide, d_out.float())
-        pairs += zip(backward(*qkv, out, d_out, lse), expected_grads, strict=True)
+        grads = backward(*qkv, out, d_out, lse)
+        pairs += [(grad.view_as(want), want) for grad, want in zip(grads, expected_grads, strict=True)]
     found = {"name": name, "relative errors": [float((a - b).norm() / b.norm()) for a, b in pairs]}
+
+    def timed(tokens):
+        *qkv, d_out = data(tokens, 4)
+        out, lse = forward(*qkv)
+        run = partial(forward, *qkv) if name in FORWARD else partial(backward, *qkv, out, d_out, lse)
+        seconds = []
+        for _ in range(4):  # the first is a warm-up
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            run()
+            end.record()
+            torch.cuda.synchronize()
+            seconds.append(begin.elapsed_time(end) / 1e3)
+        median = statistics.median(seconds[1:])
+        flops = tokens**2 * 4 * 320 * (1 if name in FORWARD else 2.5)
+        state = clock_and_power(run) if tokens == LONGEST else {}
+        return {"ms": median * 1e3, "TFLOP/s": flops / median / 1e12, **state}
+
     with open(LOCK, "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        for tokens in (65536, 262144):
-            *qkv, d_out = data(tokens, 4)
-            out, lse = forward(*qkv)
-            seconds = []
-            for _ in range(4):  # the first is a warm-up
-                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                begin.record()
-                forward(*qkv) if name in FORWARD else backward(*qkv, out, d_out, lse)
-                end.record()
-                torch.cuda.synchronize()
-                seconds.append(begin.elapsed_time(end) / 1e3)
-            median = statistics.median(seconds[1:])
-            flops = tokens**2 * 4 * 320 * (1 if name in FORWARD else 2.5)
-            found[f"{tokens} tokens"] = {"ms": median * 1e3, "TFLOP/s": flops / median / 1e12}
-            del qkv, d_out, out, lse
+        for tokens in (65536, LONGEST):
+            found[f"{tokens} tokens"] = timed(tokens)
             torch.cuda.empty_cache()
     return found
+
+
+def clock_and_power(call) -> dict[str, float]:
+    """Means of clock and power over the later half of two seconds of calls."""
+    import torch
+
+    query = ["nvidia-smi", "--query-gpu=clocks.sm,power.draw", "--format=csv,noheader,nounits", "-lms", "100"]
+    watcher = subprocess.Popen(query, stdout=subprocess.PIPE, text=True)
+    began = time.perf_counter()
+    while time.perf_counter() - began < 2:
+        call()
+        torch.cuda.synchronize()
+    watcher.terminate()
+    samples = [list(map(float, line.split(","))) for line in watcher.communicate()[0].splitlines() if "," in line]
+    clocks, watts = zip(*samples[len(samples) // 2 :], strict=True)
+    return {"clock, MHz": statistics.mean(clocks), "power, W": statistics.mean(watts)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--only", nargs="+", help="names of candidates; without it all")
     parser.add_argument("--worker")
     arguments = parser.parse_args()
     if arguments.worker:
@@ -116,7 +154,7 @@ def main() -> None:
 
     started, rows = time.time(), []
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    names = [*BACKWARD, *FORWARD]
+    names = arguments.only or [*BACKWARD, OURS, *FORWARD]
     workers = [subprocess.Popen([sys.executable, __file__, "--worker", name], **pipes) for name in names]
     for name, process in zip(names, workers, strict=True):
         stdout, stderr = process.communicate()
