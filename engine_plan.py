@@ -21,18 +21,19 @@ PHASES = ("kda", "kda_mlp", "attention", "mla_mlp", "mla_input", "loss")
 
 # What one token takes while a segment or a tile is worked on, in elements (an fp32 number is two bf16 elements), by reading
 # the code and by benchmarks/trace_memory.py, which runs it (fla's too) on tensors without storage and adds up what is alive.
-# KDA, times heads * head size. Kept from a segment's recomputation to its backward: q, k, v before the convolution and the
-# gate (4), q and k normalised and v (3), fla's two 64-wide matrices per head (1), four fp32 tensors of the gated norm (8)
-# and its output (1). In fla's backward the norm's nine are gone and its own gradients, states and copies are there; where a
-# segment follows, autograd makes the gradient of q's, k's and v's last taps as wide as the segment (3).
-KDA_KEPT, KDA_BACKWARD, KDA_TAPS, KDA_FORWARD = 17, 35, 3, 20
-# The residual stream's width: the norm's fp32 copy (2), its rounding and product (2), then, for the mixer, mixed, their
-# sum and the result (3; one more in fla's backward, one more of the segment before), for the MLP the router's fp32 copy (2)
+# KDA, times heads * head size. Kept from a segment's recomputation to its backward: q, k, v before the convolution and
+# the decay (4), q and k normalised and v (3), fla's two 64-wide matrices per head (1), its output and the gate (2) and
+# the gated norm of both (1). In fla's backward the last three are gone and its own gradients, states and copies are there;
+# where a segment follows, autograd makes the gradient of q's, k's and v's last taps as wide as the segment (3). A forward
+# without gradients is at its highest inside fla.
+KDA_KEPT, KDA_BACKWARD, KDA_TAPS, KDA_FORWARD = 11, 35, 3, 20
+# The residual stream's width: for the mixer the norm's output, mixed, its sum with the input and the result (4; one
+# more in fla's backward, one more of the segment before), for the MLP the router's fp32 copy (2), the MLP's output (1)
 # and the gradient of its input (1)
-STREAM_KDA, STREAM_MLP = 7, 7
+STREAM_KDA, STREAM_MLP = 4, 4
 COPIES_UNDER_WAY = 5 * GIB // 2  # bytes of tiles that may wait on the GPU for their copy to the host
 # The allocator's reserve over what is allocated: a step's allocations replayed against its rule for expandable segments leave
-# 2 to 16 % in holes, 8 in the middle (benchmarks/results/planner_trace.json)
+# 2 to 16 % in holes, 7 in the middle (benchmarks/results/planner_trace.json)
 MARGIN = 1.08
 
 
@@ -177,8 +178,8 @@ def engine_buffers(
         buffers.append(Buffer("one MLP tile", mlp + mixer, "gpu", ("mla_mlp",)))
     if "host" in (plan.stream, plan.attention_outputs, plan.query_gradients):
         buffers.append(Buffer("tiles on their way to the host", min(COPIES_UNDER_WAY, stream), "gpu"))
-    # the tile's logits and the norm of its rows
-    loss = min(plan.loss_tile, tokens) * (shape.vocab + 7 * D) * e
+    # the tile's logits, the norm of its rows, and of the tile before the gradients behind and before the norm
+    loss = min(plan.loss_tile, tokens) * (shape.vocab + 3 * D) * e
     buffers.append(Buffer("one loss tile", loss, "gpu", ("loss",)))
     if training and plan.stream == "host":
         buffers.append(Buffer("first tile of the last layer's input", segment * D * e, "gpu", ("loss",)))
@@ -260,9 +261,10 @@ def _mla_buffers(shape: Shape, tokens: int, plan: Plan, e: int, *, training: boo
     latent = tokens * (shape.latent + shape.shared_key)
     during = ("attention", "mla_mlp")
     tile = min(plan.projection_tile, tokens)
-    # in backward: the norm (6), its gradient (4), and queries, latent and their gradients
+    # in backward: the norm, its gradient by the queries, by the latent and their sum (4), the gradient of the tile
+    # before (1), queries and their gradient in parts and whole (3), the latent, its norm and its gradient (4)
     queries = shape.mla_heads * shape.qk_dim
-    projections = tile * (10 * D + 4 * queries + 6 * shape.latent) * e
+    projections = tile * (5 * D + 3 * queries + 4 * shape.latent) * e
     on_host = D * (plan.gradient == "host") + queries * (plan.query_gradients == "host")
     projections += (min(2 * tile, tokens) * on_host + 2 * tile * D * (plan.stream == "host")) * e
     # what the sweep after the last group's attention reads first, but for that group's own part

@@ -117,9 +117,10 @@ RATES = {
 
 # Norms, gates, residuals, casts and copies of one layer's forward, recomputation and backward: how often a tensor of each
 # width goes through the GPU's memory in bf16 (an fp32 one counts twice), counted over the operators of a traced step
-# (benchmarks/trace_memory.py) but for the matmuls and the kernels whose rates are above
-KDA_PASSES = {"linear": 165, "hidden": 245}
-MLA_PASSES = {"queries": 55, "hidden": 260}
+# (benchmarks/trace_memory.py) but for the matmuls and the kernels whose rates are above; a fused norm is 2 passes forward
+# and 3 backward, the gated one 3 and 5
+KDA_PASSES = {"linear": 37, "hidden": 95}
+MLA_PASSES = {"queries": 55, "hidden": 94}
 
 # CPU Adam with its clipping and the copy to bf16, by memory traffic: 42 bytes a parameter, 2.35 B parameters in 0.93 to
 # 1.32 s on 16 cores of an H100 machine (benchmarks/results/engine_2m_h100.json, engine_lengths_h100.json)

@@ -1,4 +1,4 @@
-"""Which kernel does the work: KDA, short convolution, full attention, routed experts, gated MLP, cross-entropy.
+"""Which kernel does the work: KDA, short convolution, full attention, routed experts, gated MLP, norms, loss.
 
     keep_kernel_cache()                                          # before triton is imported
     kernels = choose_kernels(device, dtype, qk_dim=192, v_dim=128, attention_backend="auto")
@@ -517,6 +517,24 @@ class GatedMlp(torch.autograd.Function):
         return torch.addmm(dgate_h @ gate, dup_h, up), dgate, dup, ddown, None, None
 
 
+# ---------------------------------------------------------------------------------------------- norms
+
+
+def rms_norm_reference(x_nD, weight_D, eps: float):
+    """transformers' KimiLinearRMSNorm: normalised in fp32, rounded, then scaled in x's dtype; [n, D] -> [n, D]."""
+    wide = x_nD.to(compute_dtype(x_nD.dtype))
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return weight_D * wide.to(x_nD.dtype)
+
+
+def gated_norm_reference(out_THV, gate_THV, weight_V, eps: float):
+    """transformers' KimiLinearRMSNormGated: normalised, scaled and gated in fp32, rounded once; [T, H, V] all three."""
+    dtype = compute_dtype(out_THV.dtype)
+    wide = out_THV.to(dtype)
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return (weight_V.to(dtype) * wide * torch.sigmoid(gate_THV.to(dtype))).to(out_THV.dtype)
+
+
 # ---------------------------------------------------------------------------------------------- cross-entropy
 
 
@@ -553,6 +571,8 @@ class Kernels:
     gated: Callable
     gated_backward: Callable
     combine: Callable
+    rms_norm: Callable
+    gated_norm: Callable
     cross_entropy: Callable
     text: str
 
@@ -568,6 +588,8 @@ def reference_kernels(why: str) -> Kernels:
         gated=gated_reference,
         gated_backward=gated_backward_reference,
         combine=combine_reference,
+        rms_norm=rms_norm_reference,
+        gated_norm=gated_norm_reference,
         cross_entropy=cross_entropy_reference,
         text=f"all kernels: plain torch references ({why})",
     )
@@ -609,9 +631,11 @@ def choose_kernels(
         gated=triton_kernels.gated,
         gated_backward=triton_kernels.gated_backward,
         combine=triton_kernels.combine,
+        rms_norm=triton_kernels.rms_norm,
+        gated_norm=triton_kernels.gated_norm,
         cross_entropy=triton_kernels.cross_entropy,
         text=f"KDA and convolution: fla\nfull attention: {attention.name} ({why})\n"
-        "experts: torch grouped GEMM with fused gating; loss: cross-entropy in place of the logits",
+        "experts: torch grouped GEMM with fused gating; norms: fused; loss: cross-entropy in place of the logits",
     )
 
 

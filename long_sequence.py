@@ -163,14 +163,7 @@ class Recompute:
         return [None if tensor is None else next(found) for tensor in self.inputs.values()]
 
 
-# ---------------------------------------------------------------------------------------------- the model's formulas
-
-
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """transformers' KimiLinearRMSNorm: normalised in fp32, rounded, then scaled."""
-    wide = x.to(compute_dtype(x.dtype))
-    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return weight * wide.to(x.dtype)
+# ---------------------------------------------------------------------------------------------- a product with a wide sum
 
 
 def matmul_wide(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -376,7 +369,7 @@ class LongSequenceEngine:
 
     def _mlp(self, index: int, w: dict, h: torch.Tensor, *, need_output: bool = True) -> torch.Tensor:
         """Everything between the second residual's ends, for a tile h [n, D]."""
-        x = rms_norm(h, w["post_norm"], self.parts.norm_eps)
+        x = self.kernels.rms_norm(h, w["post_norm"], self.parts.norm_eps)
         if self.parts.layers[index].mlp == "dense":
             return GatedMlp.apply(x, w["gate"], w["up"], w["down"], self.kernels, need_output)
         weights, experts = self._route(w, x)
@@ -449,7 +442,7 @@ class LongSequenceEngine:
         convolution)."""
         shape = self.parts.shape
         heads, size = shape.kda_heads, shape.kda_dim
-        normed = rms_norm(x, w["input_norm"], self.parts.norm_eps)
+        normed = self.kernels.rms_norm(x, w["input_norm"], self.parts.norm_eps)
         raw = [F.linear(normed, w[name]) for name in ("q", "k", "v")]
         conv = w["conv"].squeeze(1).split(heads * size)
         tails = (None, None, None) if tail is None else tail.split(heads * size, -1)
@@ -461,7 +454,7 @@ class LongSequenceEngine:
         beta = F.linear(normed, w["beta"])
         out, state = self.kernels.kda(q, k, v, g, beta, w["A_log"], w["dt_bias"], state, documents)
         gate = F.linear(F.linear(normed, w["gate_a"]), w["gate_b"]).view(-1, heads, size)
-        out = self._gated_norm(out, gate, w["out_norm"])
+        out = self.kernels.gated_norm(out, gate, w["out_norm"], self.parts.norm_eps)
         mixed = F.linear(out.reshape(x.shape[0], -1), w["out"])
         width = shape.conv_width - 1
         last = [r[-width:] for r in raw]
@@ -476,13 +469,6 @@ class LongSequenceEngine:
             keep = torch.arange(width, device=x.device) >= width - (documents.bounds[-1] - documents.bounds[-2])
             last = last * keep[:, None]
         return mixed, state, last
-
-    def _gated_norm(self, out, gate, weight) -> torch.Tensor:
-        """transformers' KimiLinearRMSNormGated: normalised, scaled and gated in fp32, rounded once."""
-        dtype = compute_dtype(out.dtype)
-        wide = out.to(dtype)
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.parts.norm_eps)
-        return (weight.to(dtype) * wide * torch.sigmoid(gate.to(dtype))).to(out.dtype)
 
     def _kda_forward(self, step: Step, index: int, w: dict, source: Stash, target: Stash) -> KdaKept:
         kept = KdaKept([], [])
@@ -527,13 +513,13 @@ class LongSequenceEngine:
         """Normed hidden states [n, D] -> the normed latent [n, L] and the keys' part shared by all heads [n, R]."""
         shape = self.parts.shape
         latent, shared = F.linear(normed, w["kv_a"], w.get("kv_a_bias")).split([shape.latent, shape.shared_key], -1)
-        return rms_norm(latent, w["kv_norm"], self.parts.latent_norm_eps), shared
+        return self.kernels.rms_norm(latent, w["kv_norm"], self.parts.latent_norm_eps), shared
 
     def _queries(self, w: dict, normed: torch.Tensor, rows: slice) -> torch.Tensor:
         if "q" in w:
             return F.linear(normed, w["q"][rows])
         down = F.linear(normed, w["q_a"], w.get("q_a_bias"))
-        return F.linear(rms_norm(down, w["q_norm"], self.parts.latent_norm_eps), w["q_b"][rows])
+        return F.linear(self.kernels.rms_norm(down, w["q_norm"], self.parts.latent_norm_eps), w["q_b"][rows])
 
     def _normed_tiles(self, step: Step, w: dict, source: Stash, normed: torch.Tensor | None):
         """Spans and normed hidden states: from the resident copy, or recomputed from the stash."""
@@ -543,7 +529,7 @@ class LongSequenceEngine:
                 yield (start, end), normed[start:end]
             return
         for piece, (x,) in read_ahead([source], pieces):
-            yield piece, rms_norm(x, w["input_norm"], self.parts.norm_eps)
+            yield piece, self.kernels.rms_norm(x, w["input_norm"], self.parts.norm_eps)
 
     def _prepare_mla(self, step: Step, w: dict, source: Stash):
         """(latent [T, L + R], normed hidden states [T, D] or None) on the device."""
@@ -708,7 +694,7 @@ class LongSequenceEngine:
             dq = torch.cat(columns, -1).flatten(1)
             tile = Recompute(own, x=x)
             with torch.enable_grad():
-                normed = rms_norm(tile.inputs["x"], tile.weights["input_norm"], self.parts.norm_eps)
+                normed = self.kernels.rms_norm(tile.inputs["x"], tile.weights["input_norm"], self.parts.norm_eps)
                 queries = self._queries(tile.weights, normed, slice(None))
                 latent, shared = self._latent(tile.weights, normed)
             d_own = d_latent[start:end].to(step.dtype).split([shape.latent, shape.shared_key], -1)
@@ -740,7 +726,7 @@ class LongSequenceEngine:
         for (start, end), (x,) in read_ahead([stash], spans(tokens, step.plan.loss_tile), then):
             tile = Recompute({"norm": norm_weight}, x=x)
             with torch.set_grad_enabled(step.keep):
-                normed = rms_norm(tile.inputs["x"], tile.weights["norm"], self.parts.norm_eps)
+                normed = self.kernels.rms_norm(tile.inputs["x"], tile.weights["norm"], self.parts.norm_eps)
             with self.clock.region("loss"):
                 loss, first_choice, d_hidden = self._loss_tile(
                     step, normed.detach(), head, start, end, scale, head_grad

@@ -4,12 +4,15 @@
     gated_backward(h, da, weight)       its gradients and its output, in one pass over h
     combine(y, places)                  sum of each token's expert rows
     cross_entropy(logits, labels, ...)  loss of each row, gradient written over the logits
+    rms_norm(x, weight, eps)            the model's RMS norm, with its backward
+    gated_norm(out, gate, weight, eps)  the norm behind KDA, times sigmoid(gate), with its backward
 
-All four are bound by memory traffic: each reads its inputs once (cross_entropy twice) and writes its outputs once,
-where the eager torch chains they replace go through memory four to ten times. Their plain references, with the same
+All are bound by memory traffic: each reads its inputs once (cross_entropy twice) and writes its outputs once, where
+the eager torch chains they replace go through memory four to ten times as often. Their plain references, with the same
 names, are in kernels.py. Arithmetic inside is fp32; offsets are 64-bit, since a tile may hold more than 2^31 numbers.
 
-Symbols: S rows sorted by expert, F width of the gated MLP, D hidden size, n tokens, k experts per token, V vocabulary.
+Symbols: S rows sorted by expert, F width of the gated MLP, D hidden size (in the norms: a row's width), n tokens,
+k experts per token, V vocabulary (in the gated norm: value size).
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+
+NORM_PROGRAMS = 1024  # at most, in a norm's backward: each leaves one row of the weight's gradient
 
 
 @triton.jit
@@ -105,6 +110,87 @@ def _cross_entropy_kernel(logits, labels, losses, first_choice, scale, V, WANT_G
             tl.store(logits + columns, (grad * scale).to(logits.dtype.element_ty), mask=columns < V)
 
 
+@triton.jit
+def _norm_kernel(
+    x,
+    gate,
+    weight,
+    out,
+    rows,
+    x_stride,
+    gate_stride,
+    eps,
+    D: tl.constexpr,
+    GATED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    columns = tl.arange(0, BLOCK)[None, :]
+    mask = (row < rows) & (columns < D)
+    w = tl.load(weight + columns, mask=columns < D, other=0.0).to(tl.float32)
+    wide = tl.load(x + row * x_stride + columns, mask=mask, other=0.0).to(tl.float32)
+    normed = wide * tl.rsqrt(tl.sum(wide * wide, 1) / D + eps)[:, None]
+    if GATED:
+        raw = tl.load(gate + row * gate_stride + columns, mask=mask, other=0.0).to(tl.float32)
+        value = w * normed * tl.sigmoid(raw)
+    else:
+        value = w * normed.to(x.dtype.element_ty).to(tl.float32)
+    tl.store(out + row * D + columns, value.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _norm_backward_kernel(
+    x,
+    gate,
+    weight,
+    dy,
+    dx,
+    dgate,
+    partial,
+    rows,
+    x_stride,
+    gate_stride,
+    dy_stride,
+    eps,
+    D: tl.constexpr,
+    GATED: tl.constexpr,
+    WANT_DWEIGHT: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    columns = tl.arange(0, BLOCK)[None, :]
+    w = tl.load(weight + columns, mask=columns < D, other=0.0).to(tl.float32)
+    if WANT_DWEIGHT:
+        total = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+    for tile in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
+        row = tl.arange(0, ROWS)[:, None].to(tl.int64) + tile * ROWS
+        mask = (row < rows) & (columns < D)
+        wide = tl.load(x + row * x_stride + columns, mask=mask, other=0.0).to(tl.float32)
+        d = tl.load(dy + row * dy_stride + columns, mask=mask, other=0.0).to(tl.float32)
+        rstd = tl.rsqrt(tl.sum(wide * wide, 1) / D + eps)[:, None]
+        if GATED:
+            raw = tl.load(gate + row * gate_stride + columns, mask=mask, other=0.0).to(tl.float32)
+            sigmoid = tl.sigmoid(raw)
+            d *= sigmoid
+            share = d * wide * rstd
+            d *= w
+            slope = d * wide * rstd * (1 - sigmoid)
+            tl.store(dgate + row * D + columns, slope.to(dgate.dtype.element_ty), mask=mask)
+        else:
+            share = d * (wide * rstd).to(x.dtype.element_ty).to(tl.float32)
+            d *= w
+        if WANT_DWEIGHT:
+            total += share
+        # both sums over the row wait for nothing but the loads
+        along = tl.sum(d * wide, 1)[:, None] / D
+        result = rstd * (d - wide * (rstd * rstd * along))
+        tl.store(dx + row * D + columns, result.to(dx.dtype.element_ty), mask=mask)
+    if WANT_DWEIGHT:
+        place = partial + tl.program_id(0) * D + columns
+        tl.store(place, tl.sum(total, 0)[None, :], mask=columns < D)
+
+
 def gated(h_S2F: torch.Tensor, weight_S: torch.Tensor | None) -> torch.Tensor:
     rows, width = h_S2F.shape[0], h_S2F.shape[1] // 2
     out = h_S2F.new_empty(rows, width)
@@ -151,3 +237,76 @@ def cross_entropy(logits_nV: torch.Tensor, label_n: torch.Tensor, scale: float, 
             num_warps=16,
         )
     return losses, first_choice
+
+
+class _Norm(torch.autograd.Function):
+    """Both norms; the plain one has no gate. Nothing is kept but the inputs: the backward holds whole rows anyway, so
+    their sums cost no memory traffic. The weight's gradient is summed in fp32 without atomic additions: equal inputs
+    give equal bits.
+    """
+
+    @staticmethod
+    def forward(ctx, x, gate, weight, eps: float):
+        ctx.save_for_backward(x, gate, weight)
+        ctx.eps = eps
+        out = x.new_empty(x.shape)
+        x_nD, gate_nD, rows, sizes = *_rows(x, gate), *_norm_sizes(x)
+        if rows:
+            _norm_kernel[(triton.cdiv(rows, sizes["ROWS"]),)](
+                x_nD, gate_nD, weight, out, rows, x_nD.stride(0), _stride(gate_nD), eps, GATED=gate is not None, **sizes
+            )
+        return out
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, gate, weight = ctx.saved_tensors
+        dx, dgate = x.new_empty(x.shape), None if gate is None else gate.new_empty(gate.shape)
+        x_nD, gate_nD, dy_nD, rows, sizes = *_rows(x, gate, dy), *_norm_sizes(x)
+        programs = min(triton.cdiv(rows, sizes["ROWS"]), NORM_PROGRAMS)
+        want_dweight = ctx.needs_input_grad[2]
+        partial = x.new_empty(programs, x.shape[-1], dtype=torch.float32) if want_dweight else None
+        if rows:
+            _norm_backward_kernel[(programs,)](
+                x_nD,
+                gate_nD,
+                weight,
+                dy_nD,
+                dx,
+                dgate,
+                partial,
+                rows,
+                x_nD.stride(0),
+                _stride(gate_nD),
+                dy_nD.stride(0),
+                ctx.eps,
+                GATED=gate is not None,
+                WANT_DWEIGHT=want_dweight,
+                **sizes,
+            )
+        return dx, dgate, partial.sum(0).to(weight.dtype) if want_dweight else None, None
+
+
+def _rows(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """[..., D] as [n, D] whose columns lie side by side; rows of a slice stay where they are."""
+    flat = [None if x is None else x.reshape(-1, x.shape[-1]) for x in tensors]
+    return [x if x is None or x.stride(1) == 1 else x.contiguous() for x in flat]
+
+
+def _stride(x_nD: torch.Tensor | None) -> int:
+    return 0 if x_nD is None else x_nD.stride(0)
+
+
+def _norm_sizes(x: torch.Tensor) -> tuple[int, dict[str, int]]:
+    """(rows, the kernels' constants): a program holds one row or, of narrow ones, as many as fill its threads."""
+    D = x.shape[-1]
+    block = triton.next_power_of_2(D)
+    tile = {"D": D, "BLOCK": block, "ROWS": max(1, 2048 // block), "num_warps": 8}
+    return x.numel() // D, tile
+
+
+def rms_norm(x_nD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
+    return _Norm.apply(x_nD, None, weight_D, eps)
+
+
+def gated_norm(out: torch.Tensor, gate: torch.Tensor, weight_V: torch.Tensor, eps: float) -> torch.Tensor:
+    return _Norm.apply(out, gate, weight_V, eps)

@@ -166,6 +166,7 @@ def bench_all(out: str | None, only: set[str]) -> None:
         ("copies", bench_copies),
         ("experts", bench_experts),
         ("quack", bench_quack),
+        ("norms", bench_norms),
         ("loss", bench_loss),
         ("attention", bench_attention),
         ("kda", bench_kda),
@@ -298,6 +299,47 @@ def bench_quack(bench: Bench) -> None:
     bench.time(
         "quack dW gate_up added in fp32", lambda: gemm_add_inplace(h.t(), x, total, cu_seqlens_k=cu, tuned=False), **two
     )
+
+
+def bench_norms(bench: Bench) -> None:
+    for tokens in (16384, 65536):
+        bench_norms_of(bench, tokens)
+
+
+def bench_norms_of(bench: Bench, tokens: int) -> None:
+    """The fused norms and the eager chains. `gb_s` counts what the fused ones move, for the chains too."""
+    import torch
+
+    import kernels
+    import triton_kernels
+
+    make = lambda *shape: torch.randn(*shape, device="cuda").bfloat16().requires_grad_()  # noqa: E731
+    hidden, latent, out, gate = make(tokens, D), make(tokens, 576), *(make(tokens, HEADS, SIZE) for _ in range(2))
+    rms, gated = "rms_norm", "gated_norm"
+    cases = (  # name, norm, inputs, columns of them, tensors moved forward and backward
+        ("hidden state", rms, [hidden], D, 2, 3),
+        ("latent", rms, [latent], 512, 2, 3),
+        ("KDA output", gated, [out, gate], SIZE, 3, 5),
+    )
+    for name, norm, inputs, columns, forward_moves, backward_moves in cases:
+        views, one = [x[..., :columns] for x in inputs], 2 * inputs[0][..., :columns].numel()
+        leaves = [*views, make(columns)]
+        d_out = torch.randn_like(views[0]).contiguous()
+        for kind, function in (
+            ("fused", getattr(triton_kernels, norm)),
+            ("eager", getattr(kernels, f"{norm}_reference")),
+        ):
+
+            def run(function, leaves, d_out, backward: bool):
+                with torch.set_grad_enabled(backward):
+                    y = function(*leaves, 1e-5)
+                if backward:
+                    torch.autograd.grad(y, leaves, d_out)
+
+            for backward, passes in ((False, forward_moves), (True, forward_moves + backward_moves)):
+                title = f"{norm} of {name}, {kind}, forward{' + backward' * backward}"
+                call = functools.partial(run, function, leaves, d_out, backward)
+                bench.time(title, call, nbytes=passes * one, tokens=tokens)
 
 
 def bench_loss(bench: Bench) -> None:

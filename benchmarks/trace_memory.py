@@ -228,6 +228,22 @@ def allocating_conv(x, weight, tail, documents):
     return _Convolution.apply(x, weight, tail)
 
 
+class _Norm(torch.autograd.Function):
+    """triton_kernels' norms. Kept: the inputs; in backward NORM_PROGRAMS rows of the weight's gradient."""
+
+    @staticmethod
+    def forward(ctx, x, gate, weight):
+        ctx.save_for_backward(x, gate, weight)
+        return x.new_empty(x.shape)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, gate, weight = ctx.saved_tensors
+        dx, dgate = x.new_empty(x.shape), None if gate is None else gate.new_empty(gate.shape)
+        partial = x.new_empty(1024, x.shape[-1], dtype=torch.float32) if ctx.needs_input_grad[2] else None
+        return dx, dgate, None if partial is None else partial.sum(0).to(weight.dtype)
+
+
 def meta_kernels(kda, conv) -> Kernels:
     """The GPU's kernels by what they allocate (triton_kernels.py, torch's grouped GEMM)."""
     empty = lambda rows, width, like: like.new_empty(rows, width)  # noqa: E731
@@ -245,6 +261,8 @@ def meta_kernels(kda, conv) -> Kernels:
             None if weight is None else torch.empty_like(weight),
         ),
         combine=lambda y, places: empty(places.shape[0], y.shape[1], y),
+        rms_norm=lambda x, weight, eps: _Norm.apply(x, None, weight),
+        gated_norm=lambda out, gate, weight, eps: _Norm.apply(out, gate, weight),
         cross_entropy=lambda logits, labels, scale, want: (
             logits.new_empty(logits.shape[0], dtype=torch.float32),
             logits.new_empty(logits.shape[0], dtype=torch.bool),

@@ -166,6 +166,56 @@ def test_gated_mlp():
         assert error(found, expected) < 1e-2
 
 
+NORM_SHAPES = {  # of x, and how many of its columns are normed
+    "a token's hidden state": ((1, 2304), 2304),
+    "hidden states, odd": ((8191, 2304), 2304),
+    "latent, a slice": ((5003, 576), 512),
+    "no power of two": ((77, 1000), 1000),
+    "per head": ((301, 32, 128), 128),
+    "one row": ((1, 1, 128), 128),
+}
+
+
+@pytest.mark.parametrize(("shape", "columns"), NORM_SHAPES.values(), ids=NORM_SHAPES)
+@pytest.mark.parametrize("gated", [False, True], ids=["rms_norm", "gated_norm"])
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
+def test_norms(gated, trained, shape, columns):
+    """Outputs are the eager chain's in bf16 but for roundings that the order of a sum decides, and of those the plain norm
+    has two in a row; gradients are as near to fp64's as the chain's own."""
+    import triton_kernels
+
+    x, gate, d_out = draw(*shape), draw(*shape, scale=2), draw(*shape[:-1], columns)
+    weight = draw(columns, scale=0.2) + 1
+    inputs = [x, gate] if gated else [x]
+    reference = kernels.gated_norm_reference if gated else kernels.rms_norm_reference
+
+    def run(norm, dtype):
+        leaves = [t.to(dtype).requires_grad_() for t in inputs] + [weight.to(dtype).requires_grad_(trained)]
+        out = norm(*(t[..., :columns] for t in leaves), 1e-5)
+        return [out, *torch.autograd.grad(out, leaves if trained else leaves[:-1], d_out.to(dtype))]
+
+    fused = triton_kernels.gated_norm if gated else triton_kernels.rms_norm
+    found, again = run(fused, torch.bfloat16), run(fused, torch.bfloat16)
+    eager, exact = run(reference, torch.bfloat16), run(reference, torch.float64)
+    assert found[0].shape == eager[0].shape and found[0].dtype == torch.bfloat16
+    assert (found[0] != eager[0]).sum() <= 1 + 1e-3 * eager[0].numel()
+    steps = 1 if gated else 2
+    assert ((found[0].double() - eager[0].double()).abs() <= steps * 2**-7 * eager[0].double().abs()).all()
+    for grad, chain, want, same in zip(found[1:], eager[1:], exact[1:], again[1:], strict=True):
+        own, theirs = ((g.double() - want).norm() / want.norm() for g in (grad, chain))
+        assert own <= 1.05 * theirs, f"{own:.2e}, the chain's own {theirs:.2e}"
+        assert grad.equal(same)
+
+
+def test_norms_of_no_rows():
+    import triton_kernels
+
+    x, weight = draw(0, 2304).requires_grad_(), draw(2304).requires_grad_()
+    out = triton_kernels.rms_norm(x, weight, 1e-5)
+    dx, dweight = torch.autograd.grad(out, [x, weight], torch.empty_like(out))
+    assert out.shape == dx.shape == (0, 2304) and not dweight.any()
+
+
 def test_cross_entropy():
     import triton_kernels
 

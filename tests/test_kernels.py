@@ -141,7 +141,7 @@ def test_attention_by_blocks_is_softmax_attention(bounds):
         torch.testing.assert_close(found, wanted)
 
 
-# ---------------------------------------------------------------------------------------------- experts, MLP, loss
+# ---------------------------------------------------------------------------------------------- experts, MLP, norms, loss
 
 
 @pytest.mark.parametrize("hit", [5, 2], ids=["all experts", "three experts without a token"])
@@ -187,6 +187,30 @@ def test_gated_mlp_gradients():
             torch.testing.assert_close(out, expected)
         for found, grad in zip(torch.autograd.grad(out, tensors, d_out), wanted, strict=True):
             torch.testing.assert_close(found, grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("gated", [False, True], ids=["rms_norm", "gated_norm"])
+def test_norms_are_those_of_transformers(gated, dtype):
+    """Outputs bit for bit, gradients of everything, rows of a slice included."""
+    from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearRMSNorm, KimiLinearRMSNormGated
+
+    x, gate, d = (draw(7, 3, 24)[..., :16].to(dtype).requires_grad_() for _ in range(3))
+    module = (KimiLinearRMSNormGated if gated else KimiLinearRMSNorm)(16, eps=1e-3).to(dtype)
+    torch.nn.init.normal_(module.weight)
+    inputs = [x, gate] if gated else [x]
+    reference = kernels.gated_norm_reference if gated else kernels.rms_norm_reference
+    out, expected = reference(*inputs, module.weight, 1e-3), module(*inputs)
+    assert out.dtype == dtype and out.equal(expected)
+    leaves = [*inputs, module.weight]
+    for found, wanted in zip(*(torch.autograd.grad(y, leaves, d) for y in (out, expected)), strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_norms_work_in_fp64():
+    x, gate, weight = (draw(*shape).requires_grad_() for shape in ((5, 8), (5, 8), (8,)))
+    assert torch.autograd.gradcheck(lambda x, w: kernels.rms_norm_reference(x, w, 1e-3), (x, weight))
+    assert torch.autograd.gradcheck(lambda *t: kernels.gated_norm_reference(*t, 1e-3), (x, gate, weight))
 
 
 def test_cross_entropy_writes_its_gradient_over_the_logits():
