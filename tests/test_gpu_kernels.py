@@ -1,7 +1,6 @@
 """Each GPU kernel against its plain torch reference of kernels.py, run in fp32 on the same GPU.
 
-KDA and convolution have the real model's head count and widths: fla tunes per shape (minutes, once), and a training run then
-finds its own shapes tuned.
+KDA and convolution have the real model's head count and widths, so that fla's tuning in tuned_kernels/ serves them.
 """
 
 from __future__ import annotations
@@ -18,6 +17,15 @@ import kernels  # noqa: E402
 from kernels import Documents  # noqa: E402
 
 DEVICE = torch.device("cuda")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kept_tuning():
+    """Before fla is imported: cold, its tuning takes minutes."""
+    kernels.keep_kernel_cache()
+    kernels.use_kept_tuning(torch.cuda.get_device_capability())
+
+
 BORDERS = {"one document": (0, 4096), "several": (0, 1, 700, 703, 2900, 4096)}
 
 
