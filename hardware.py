@@ -97,7 +97,8 @@ RATES = {
     "GH100": KernelRates(
         peak=989.4e12,
         attention={
-            "flash4": ((131072, 820e12, 500e12), (524288, 725e12, 495e12), (2097152, 718e12, 486e12)),
+            # with our tile in the backward, in whole steps: benchmarks/results/engine_lengths_h100.json
+            "flash4": ((131072, 733e12, 586e12), (524288, 705e12, 570e12), (2097152, 707e12, 572e12)),
             "cudnn": ((131072, 555e12, 479e12), (2097152, 572e12, 376e12)),
             "flash": ((131072, 243e12, 230e12),),
         },
@@ -109,9 +110,9 @@ RATES = {
         head=656e12,
         memory_bytes=2.8e12,  # the cross-entropy kernel, benchmarks/results/engine_kernels_h100.json
         pcie_bytes=55e9,
-        # 18.8 GB of 2.35 B parameters' gradients in 1.9 to 2.3 s of the backward of three short steps (64K twice, 128K), what
-        # the terms above leave of them: benchmarks/results/engine_2m_h100.json, engine_lengths_h100.json
-        pageable_bytes=8.8e9,
+        # what the terms above leave of forward and backward of four short steps, 64K three times and 128K, while 16 to 19 GB
+        # of gradients go to the host: 9.5 to 10.9 (benchmarks/results/engine_lengths_h100.json, engine_tiles, engine_8layers)
+        pageable_bytes=10e9,
     )
 }
 
@@ -122,9 +123,9 @@ RATES = {
 KDA_PASSES = {"linear": 37, "hidden": 95}
 MLA_PASSES = {"queries": 55, "hidden": 94}
 
-# CPU Adam with its clipping and the copy to bf16, by memory traffic: 42 bytes a parameter, 2.35 B parameters in 0.93 to
-# 1.32 s on 16 cores of an H100 machine (benchmarks/results/engine_2m_h100.json, engine_lengths_h100.json)
-ADAM_BYTES_PER_S = 90e9
+# CPU Adam with its clipping and the copy to bf16, by memory traffic: 42 bytes a parameter, 2.35 B parameters in 0.85 to
+# 1.07 s, 2.0 B in 0.74 to 0.81, on 16 cores of H100 machines (the same runs)
+ADAM_BYTES_PER_S = 103e9
 
 
 def attention_rates(rates: KernelRates, backend: str, tokens: int) -> tuple[float, float]:

@@ -322,7 +322,7 @@ class Flash4Attention:
 class SdpaAttention:
     """torch SDPA's cuDNN or flash kernel, called below autograd so that (output, log-sum-exp) are kept where we want.
 
-    One call per document. 'flash' wants equal head sizes: v is padded to q's (d_v 128 -> 192), which costs arithmetic
+    One call per document, none for a document of one token, which cuDNN refuses. 'flash' wants equal head sizes: v is padded to q's (d_v 128 -> 192), which costs arithmetic
     but runs on cards before Hopper.
     """
 
@@ -337,6 +337,11 @@ class SdpaAttention:
     def forward(self, q_THK, k_THK, v_THV, documents: Documents, scale: float):
         outs, lses = [], []
         for start, end in documents.spans:
+            if end - start == 1:
+                outs.append(v_THV[start:end])
+                scores = (q_THK[start].float() * k_THK[start].float()).sum(-1, keepdim=True)
+                lses.append(scores * scale)
+                continue
             q, k, v = self._heads_first(q_THK, k_THK, v_THV, start, end)
             if self.name == "cudnn":
                 out, lse, *_ = self._forward(q, k, v, None, True, 0.0, True, False, scale=scale)
@@ -350,6 +355,10 @@ class SdpaAttention:
         grads = []
         seed = torch.zeros((), dtype=torch.int64, device=q_THK.device)
         for start, end in documents.spans:
+            if end - start == 1:  # its only weight is 1 whatever q and k are
+                zeros = torch.zeros_like(q_THK[start:end])
+                grads.append([zeros, zeros, do_THV[start:end]])
+                continue
             q, k, v = self._heads_first(q_THK, k_THK, v_THV, start, end)
             out, _, do = self._heads_first(o_THV, o_THV, do_THV, start, end, width=v.shape[-1])
             lse = lse_HT[:, start:end].unsqueeze(0).contiguous()

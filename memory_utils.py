@@ -800,7 +800,7 @@ def budget_schedule(config: TrainConfig, plan: Plan, *, hours: float) -> str:
     if plan.total_seconds is None:
         return "budget: n/a, the speed of this card is not known"
     share = min(1.0, hours * 3600 / plan.total_seconds)
-    steps = [math.floor(stage.steps * share) for stage in plan.stages]
+    steps = [math.floor(stage.steps * share + 1e-6) for stage in plan.stages]  # a tenth of 2,500 is 250, not 249.99
     starts = [0, *itertools.accumulate(steps)]
     bought = [(start, stage, n) for start, stage, n in zip(starts, plan.stages, steps, strict=False) if n]
     if not bought:

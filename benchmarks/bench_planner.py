@@ -39,6 +39,7 @@ from run_log import git_commit, versions  # noqa: E402
 from zero3_memory import ZeroSettings, set_allocator  # noqa: E402
 
 GIB = 2**30
+TODAYS_KERNEL = "its backward with our tile"  # the log of every run says which attention ran
 DEMO_DEEPSPEED = "demo/deepspeed.json"
 DEMO = json.loads((ROOT / "demo/model.json").read_text())
 
@@ -271,7 +272,7 @@ def engine_records(run: dict, source: str) -> list[dict]:
 
 
 def measured_stage(run: dict, text: str, tokens: int) -> dict:
-    """What a run measured at one length: peaks over its steps, the time of the last."""
+    """What a run measured at one length: peaks over its steps; the time of the last, unless its kernels are not today's."""
     steps = [step for step in run["steps"] if step["seq_length"] == tokens]
     phases = re.search(rf"at {tokens:,} tokens: .*\n  peaks per phase, GiB \(GPU allocated[^:]*: (.*)", text)
     allocated = [float(n) for n in re.findall(r"(?:^|; )\w+ ([\d.]+) /", phases[1])] if phases else []
@@ -281,7 +282,7 @@ def measured_stage(run: dict, text: str, tokens: int) -> dict:
         "gpu_bytes": max(step["peak_gib"] for step in steps) * GIB,
         "gpu_allocated_bytes": max(allocated) * GIB if allocated else None,
         "host_bytes": max(step["process_gib"] for step in steps) * GIB,
-        "step_seconds": steps[-1]["seconds"],
+        "step_seconds": steps[-1]["seconds"] if TODAYS_KERNEL in text else None,
         "steps": len(steps),
         "engine": engine[0] if engine else None,
     }
@@ -374,7 +375,11 @@ def table(points: list[Point]) -> str:
                 differences[what].append(predicted / measured - 1)
         if p.gpu_allocated is not None:
             cells[0] += f" ({p.gpu_allocated / GIB:.1f})"
+        if p.seconds is None:
+            cells[2] += " (2)"
         lines.append(_row((p.name, f"{p.tokens:,}", p.tiles, *cells, str(p.steps), p.source)))
+    if any(p.seconds is None and not p.failed for p in points):
+        lines.append("\n(2) run with flash-attn-4's own backward: its time is not comparable with today's")
     if any("(1)" in p.tiles for p in points):
         lines.append("\n(1) the engine would place its buffers otherwise today; predicted is today's plan")
     ranges = [

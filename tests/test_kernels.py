@@ -224,6 +224,23 @@ def test_cross_entropy_writes_its_gradient_over_the_logits():
     assert first_choice.equal((logits.argmax(-1) == label) & (label != -100))
 
 
+@pytest.mark.parametrize("name", ["cudnn", "flash"])
+def test_documents_of_one_token_need_no_kernel(name):
+    """cuDNN refuses them; a stream of nothing else shows, without a GPU, what is done instead."""
+    torch.manual_seed(0)
+    q, k, v, d_out = (torch.randn(4, 2, size) for size in (24, 24, 16, 16))
+    documents, attention, reference = (
+        Documents((0, 1, 2, 3, 4)),
+        kernels.SdpaAttention(name),
+        kernels.ReferenceAttention(),
+    )
+    found, expected = (which.forward(q, k, v, documents, 0.3) for which in (attention, reference))
+    torch.testing.assert_close(found, expected)
+    grads = attention.backward(d_out, q, k, v, *found, documents, 0.3)
+    wanted = reference.backward(d_out, q, k, v, *expected, documents, 0.3)
+    torch.testing.assert_close(grads, wanted, rtol=1e-5, atol=1e-6)
+
+
 # ---------------------------------------------------------------------------------------------- the choice
 
 

@@ -204,15 +204,15 @@ def test_a_card_without_measured_kernels_gets_a_bound_and_no_time():
 
 def test_attention_rates_between_measured_lengths():
     rates = RATES["GH100"]
-    assert attention_rates(rates, "auto", 131072) == (820e12, 500e12)
-    assert attention_rates(rates, "auto", 4096) == (820e12, 500e12)
-    assert attention_rates(rates, "auto", 2097152) == (718e12, 486e12)
+    assert attention_rates(rates, "auto", 131072) == (733e12, 586e12)
+    assert attention_rates(rates, "auto", 4096) == (733e12, 586e12)
+    assert attention_rates(rates, "auto", 2097152) == (707e12, 572e12)
     # 262,144 is half-way from 131,072 to 524,288 in powers of two
-    assert attention_rates(rates, "auto", 262144) == pytest.approx(((820e12 + 725e12) / 2, (500e12 + 495e12) / 2))
+    assert attention_rates(rates, "auto", 262144) == pytest.approx(((733e12 + 705e12) / 2, (586e12 + 570e12) / 2))
 
 
-def test_step_time_is_that_of_the_design():
-    """DESIGN.md: one 2M sequence costs about 2,200 s on one H100, 950 tokens/s; 100 B tokens about 1.7 years on two."""
+def test_step_time_by_hand():
+    """One 2M sequence of the whole model: 1,824 s of attention and 160 s of everything else on an H100."""
     zero = ZeroSettings.from_json(read_json("deepspeed_config_h100.json"), bf16=True)
     seconds = memory_utils.step_seconds(
         KIMI_LINEAR_48B,
@@ -226,12 +226,12 @@ def test_step_time_is_that_of_the_design():
         backend="auto",
         keep_attention=True,
     )
-    assert seconds["attention forward"] == pytest.approx(7 * 4.5036e16 / 718e12, rel=1e-4)
-    assert seconds["attention backward"] == pytest.approx(7 * 2.5 * 4.5036e16 / 486e12, rel=1e-4)
+    assert seconds["attention forward"] == pytest.approx(7 * 4.5036e16 / 707e12, rel=1e-4)
+    assert seconds["attention backward"] == pytest.approx(7 * 2.5 * 4.5036e16 / 572e12, rel=1e-4)
     assert seconds["KDA recurrence"] == pytest.approx(20 * (0.39 + 1.57))
-    assert sum(seconds.values()) == pytest.approx(2200, rel=0.06)
+    assert sum(seconds.values()) == pytest.approx(1990, rel=0.01)
     years = 100e9 / (2 * T / sum(seconds.values())) / (365 * 86400)
-    assert years == pytest.approx(1.7, abs=0.15)
+    assert years == pytest.approx(1.5, abs=0.05)
 
 
 # ---------------------------------------------------------------------------------------------- ZeRO-3's memory
@@ -515,15 +515,17 @@ RUNS = sorted((ROOT / "benchmarks/results").glob("engine_*_h100.json"))
 
 
 def test_runs_on_an_h100_are_predicted():
-    """Every stage of every recorded run: allocator's reserve and host within 10 %, the step within 15 %."""
+    """Every stage of every recorded run: allocator's reserve and host within 10 %, the step within 15 % where the run's
+    kernels are today's."""
     import bench_planner
 
     points = [bench_planner.point_of(record) for path in RUNS for record in bench_planner.read_records(path)]
-    assert len({(p.name, p.tokens, p.tiles) for p in points}) >= 6
+    assert len({(p.name, p.tokens, p.tiles) for p in points if p.seconds is not None}) >= 6
     for p in points:
         assert p.plan.gpu_reserve == pytest.approx(p.gpu_reserved, rel=0.10), p.source
         assert p.plan.host_bytes == pytest.approx(p.host, rel=0.10), p.source
-        assert p.plan.step_seconds == pytest.approx(p.seconds, rel=0.15), p.source
+        if p.seconds is not None:
+            assert p.plan.step_seconds == pytest.approx(p.seconds, rel=0.15), p.source
 
 
 def test_kept_layer_inputs_by_hand():
