@@ -5,11 +5,11 @@
 
 Why another tile. flash-attn-4 works on 64 queries x 96 keys at a time and holds P and dS in shared memory, where both warp
 groups read every operand again: 4,000 clocks of shared-memory traffic for 2,500 of matrix arithmetic, so that traffic binds
-(476 TFLOP/s at 262,144 tokens). Here a tile is 64 x 128, each warp group owns 64 keys, computes S and dP transposed and
+(472 TFLOP/s at 262,144 tokens). Here a tile is 64 x 128, each warp group owns 64 keys, computes S and dP transposed and
 feeds P and dS to the next product from its registers: 3,800 clocks for 3,300. The accumulators of dK and dV take 160 of a
 thread's 240 registers, so S, dP and dQ are never there together, and P is kept in bf16 only (dS is formed from the rounded
-P: its error grows from 0.0024 to 0.0030 of the gradient). 587 TFLOP/s at 262,144 tokens on one H100
-(benchmarks/results/flash4_tiles_h100.json; benchmarks/NOTES.md has the count).
+P: its error grows from 0.0024 to 0.0030 of the gradient). 573 TFLOP/s at 262,144 tokens in the same minute on one H100
+(benchmarks/results/flash4_wide_tile_h100.json; benchmarks/NOTES.md has the count).
 
 The kernel is flash-attn-4's own (`FlashAttentionBackwardSm90`: loads, pipelines, masks, the sum of dQ, the epilogue) but for
 the work on one block of queries, written anew below. It uses that package's inside, so its version is pinned (kernels.py).
@@ -142,7 +142,10 @@ class HopperBackward:
 
     def __call__(self, d_out_THV, q_THK, k_THK, v_THV, out_THV, lse_HT, cu_seqlens, longest: int, scale: float):
         """(dq, dk, dv) of causal attention in bf16. `cu_seqlens`: int32 borders of the documents, or None for one document;
-        `longest`: tokens of the longest document. `lse_HT`: log-sum-exp of the scaled scores, fp32."""
+        `longest`: tokens of the longest document. `lse_HT`: log-sum-exp of the scaled scores, fp32.
+
+        On fake tensors the kernels are compiled and nothing runs, as in flash-attn-4: that needs no GPU."""
+        fake = flash4.is_fake_mode()
         tokens, heads = q_THK.shape[:2]
         whole = cu_seqlens is None
         # each document begins at a multiple of M in the kernel's own buffers
@@ -167,21 +170,22 @@ class HopperBackward:
             K,
             V,
             M,
-            fake_mode=False,
+            fake_mode=fake,
         )
         many = not whole and len(cu_seqlens) - 1 > flash4.BIN_BATCH_SEARCH_THRESH
         tiles = flash4._compute_tile_cumsum(cu_seqlens=cu_seqlens, tile_size=N)[0] if many else None
         key = (whole, many, longest <= M, longest <= N)
         if key not in self._compiled:
             self._compiled[key] = _compile(q, k, v, d_out, lse_log2, row_sum, dq_sum, dk, dv, scale, cu_seqlens, tiles)
-        nothing = (None,) * 7  # used lengths, window, semaphores
-        self._compiled[key](
-            *(q, k, v, d_out, lse_log2, row_sum, dq_sum, dk, dv, scale, cu_seqlens, cu_seqlens),
-            *(*nothing, utils.AuxData(None, None), None, tiles),
-        )
+        if not fake:
+            nothing = (None,) * 7  # used lengths, window, semaphores
+            self._compiled[key](
+                *(q, k, v, d_out, lse_log2, row_sum, dq_sum, dk, dv, scale, cu_seqlens, cu_seqlens),
+                *(*nothing, utils.AuxData(None, None), None, tiles),
+            )
         flash4._bwd_postprocess_convert(
             *(dq_sum, dq, scale, cu_seqlens, None, 90, cutlass.BFloat16, K, M, WARP_GROUPS * 128, 1, False),
-            fake_mode=False,
+            fake_mode=fake,
         )
         return dq.view_as(q_THK), dk.view_as(k_THK), dv.view_as(v_THV)
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 import bisect
 import math
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -692,6 +693,8 @@ def choose_attention(device: torch.device, *, qk_dim: int, v_dim: int, wanted: s
 
 def _flash4(capability: tuple[int, int], qk_dim: int, v_dim: int, problems: dict[str, str], reason: str):
     """(flash-attn-4, reason): with our tile in the backward where that was measured, on Hopper with the tested version."""
+    # its compiler says so twice, in a paragraph each; nothing follows from it
+    warnings.filterwarnings("ignore", message="Argument aux_data .* cannot be converted to a JitArgument")
     if capability[0] != 9 or (qk_dim, v_dim) != (192, 128) or "flash4" in problems:
         return Flash4Attention(), reason
     from flash4_backward import HopperBackward

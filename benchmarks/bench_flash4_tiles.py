@@ -8,6 +8,11 @@ compiled in a process of its own, all at once; they are timed one at a time, at 
 causal, medians of three. Forward FLOPs are T^2 * heads * 320, backward 2.5 times that. Beside the speed stand the relative
 errors against fp32 (output; dq, dk, dv), since several tiles compile and compute something else. Clock (MHz) and power (W)
 are nvidia-smi's while the longest is repeated.
+
+    python benchmarks/bench_flash4_tiles.py --registers --out benchmarks/results/flash4_registers.json
+
+compiles the backward candidates for sm_90a without a GPU and counts in their machine code: bytes of stack, loads and stores
+of spilled registers, wgmma instructions and waits for them (as many waits as wgmmas: the assembler serialized them).
 """
 
 from __future__ import annotations
@@ -15,9 +20,13 @@ from __future__ import annotations
 import argparse
 import fcntl
 import json
+import os
+import re
+import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -43,6 +52,12 @@ BACKWARD = {
     "backward 64x112": {"n_block_size": 112, "num_stages_dO": 1},
     "backward 64x112, dQ swapped": {"n_block_size": 112, "num_stages_dO": 1, "dQ_swapAB": True, "AtomLayoutMdQ": 2},
     "backward 64x128": {"n_block_size": 128, "num_stages_dO": 1},
+    "backward 64x128, P and dS in registers": {
+        "n_block_size": 128,
+        "num_stages_dO": 1,
+        "SdP_swapAB": True,
+        "dKV_swapAB": False,
+    },
     "backward 64x96, one dO stage": {"num_stages_dO": 1},
     "backward 64x96, three warp groups": {"num_wg": 3, "AtomLayoutNdKV": 3},
     "backward 64x96, dQ by one warp group": {"dQ_single_wg": True},
@@ -125,6 +140,54 @@ def worker(name: str) -> dict:
     return found
 
 
+def registers(name: str) -> dict:
+    """In a process whose environment `compile_only` made: compile one backward candidate and read its machine code."""
+    import flash_attn.cute.interface as flash4
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from flash4_backward import HopperBackward
+
+    with FakeTensorMode():
+        new = lambda *shape, dtype=torch.bfloat16: torch.empty(*shape, dtype=dtype, device="cuda")  # noqa: E731
+        tokens, heads, batch = 4096, 4, () if name == OURS else (1,)
+        d_out, q, k, v, out = (new(*batch, tokens, heads, size) for size in (128, 192, 192, 128, 128))
+        lse = new(*batch, heads, tokens, dtype=torch.float32)
+        if name == OURS:
+            HopperBackward()(d_out, q, k, v, out, lse, None, tokens, SCALE)
+        else:
+            flash4._tile_size_bwd_sm90 = lambda *_, **__: flash4.BwdConfig(**{**OWN_BACKWARD, **BACKWARD[name]})
+            flash4._flash_attn_bwd(q, k, v, out, d_out, lse, softmax_scale=SCALE, causal=True)
+    compiled = Path(os.environ["CUTE_DSL_DUMP_DIR"]).glob("*.cubin")
+    largest = max(compiled, key=lambda path: path.stat().st_size)  # beside the kernels before and after it
+    run = lambda what: subprocess.run([cuobjdump(), what, largest], capture_output=True, text=True, check=True).stdout  # noqa: E731
+    code, usage = run("-sass"), run("-res-usage")
+    patterns = {"spill loads": "LDL", "spill stores": "STL", "wgmma": "HGMMA", "waits": "WARPGROUP.DEPBAR"}
+    stack = int(re.search(r"STACK:(\d+)", usage)[1])
+    return {"name": name, "stack bytes": stack, **{key: code.count(word) for key, word in patterns.items()}}
+
+
+def cuobjdump() -> str:
+    """CUDA's own, or the one that triton brings."""
+    import triton
+
+    return shutil.which("cuobjdump") or str(Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump")
+
+
+def compile_only(names: list[str]) -> list[dict]:
+    rows = []
+    for name in names:
+        with tempfile.TemporaryDirectory() as folder:
+            target = {"CUTE_DSL_ARCH": "sm_90a", "FLASH_ATTENTION_ARCH": "sm_90", "FLASH_ATTENTION_NUM_SMS": "132"}
+            keep = {"CUTE_DSL_KEEP_CUBIN": "1", "CUTE_DSL_DUMP_DIR": folder}
+            words = [sys.executable, __file__, "--registers", "--worker", name]
+            done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, **target, **keep})
+        failed = {"name": name, "error": done.stderr.strip().splitlines()[-1:]}
+        rows.append(json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else failed)
+        print(rows[-1], flush=True)
+    return rows
+
+
 def clock_and_power(call) -> dict[str, float]:
     """Means of clock and power over the later half of two seconds of calls."""
     import torch
@@ -145,10 +208,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path)
     parser.add_argument("--only", nargs="+", help="names of candidates; without it all")
+    parser.add_argument("--registers", action="store_true", help="compile the backward candidates only, without a GPU")
     parser.add_argument("--worker")
     arguments = parser.parse_args()
     if arguments.worker:
-        print(json.dumps(worker(arguments.worker)))
+        print(json.dumps((registers if arguments.registers else worker)(arguments.worker)))
+        return
+    if arguments.registers:
+        rows = compile_only(arguments.only or [*BACKWARD, OURS])
+        arguments.out.write_text(json.dumps({"target": "sm_90a", "rows": rows}, indent=1))
         return
     import torch
 
