@@ -251,6 +251,17 @@ def test_the_cpu_runs_references_and_refuses_gpu_backends():
         kernels.choose_kernels(torch.device("cpu"), torch.float32, qk_dim=192, v_dim=128, attention_backend="flash4")
 
 
+@pytest.mark.parametrize(
+    ("capability", "sizes", "problems"),
+    [((10, 0), (192, 128), {}), ((9, 0), (128, 128), {}), ((9, 0), (192, 128), {"flash4": "another version"})],
+    ids=["Blackwell", "other head sizes", "an untested flash-attn-4"],
+)
+def test_our_backward_tile_runs_only_where_it_was_tested(capability, sizes, problems):
+    """tests/test_gpu_kernels.py has the case in which it runs; here its import alone would fail."""
+    attention, reason = kernels._flash4(capability, *sizes, problems, "asked for")
+    assert attention._hopper_backward is None and reason == "asked for"
+
+
 @pytest.mark.parametrize("wanted", ["efficient", "math"])
 def test_slow_backends_are_refused_wherever_they_are_asked_for(wanted):
     with pytest.raises(UserError, match="refused on a GPU: it runs at 142 TFLOP/s"):
