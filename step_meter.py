@@ -11,7 +11,10 @@ from __future__ import annotations
 import itertools
 import time
 
-import memory_utils
+import run_plan
+from hardware import peak_flops
+from model_shape import model_flops_per_step
+from phase_profiler import PhasePeak
 from run_log import human_count, human_time
 
 
@@ -24,16 +27,16 @@ class Meter:
     def __init__(self, shape, trainable: str, schedule, profiler, device, world_size: int, end: int, gpu: str | None):
         self.shape, self.trainable, self.schedule = shape, trainable, schedule
         self.device, self.world_size, self.end = device, world_size, end
-        self.peak = memory_utils.peak_flops(gpu) if device.type == "cuda" else None
+        self.peak = peak_flops(gpu) if device.type == "cuda" else None
         self.flops_per_second: float | None = None
         self.profiler = profiler
         self.stage: int | None = None
-        self.stage_peaks: dict[str, memory_utils.PhasePeak] = {}
+        self.stage_peaks: dict[str, PhasePeak] = {}
 
     def flops_of(self, step: int) -> float:
         """Model FLOPs of an optimizer step: forward and backward, no recompute."""
         plan = self.schedule.step(step)
-        terms = memory_utils.model_flops_per_step(self.shape, plan.seq_length, plan.sequences, trainable=self.trainable)
+        terms = model_flops_per_step(self.shape, plan.seq_length, plan.sequences, trainable=self.trainable)
         return sum(terms.values())
 
     def remaining_flops(self, next_step: int) -> float:
@@ -56,7 +59,7 @@ class Meter:
         if self.stage != step_plan.stage_index:
             self.stage, self.stage_peaks = step_plan.stage_index, {}
         for name, peak in phases.items():
-            highest = self.stage_peaks.setdefault(name, memory_utils.PhasePeak())
+            highest = self.stage_peaks.setdefault(name, PhasePeak())
             for key in ("gpu_allocated", "gpu_reserved", "pinned", "process"):
                 setattr(highest, key, max(getattr(highest, key), getattr(peak, key)))
         # The first steps hold compilation and warm-up: forget them quickly
@@ -91,7 +94,7 @@ class Meter:
     def predicted_beside_measured(self, plan) -> str:
         """What the plan said of the stage now ending, and what its steps took."""
         seq_length = self.schedule.stages[self.stage].seq_length
-        return memory_utils.compare_text(plan, seq_length, self.stage_peaks)
+        return run_plan.compare_text(plan, seq_length, self.stage_peaks)
 
     def text(self, record: dict) -> str:
         mfu = f"{100 * record['mfu']:4.1f}%" if record["mfu"] is not None else " n/a"

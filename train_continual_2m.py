@@ -30,7 +30,7 @@ import time
 from pathlib import Path
 
 import data_loader
-import memory_utils
+import run_plan
 import watchdog
 from config import (
     HUB_MODEL,
@@ -44,9 +44,12 @@ from config import (
     world_size_of,
 )
 from deepspeed_start import make_optimizer, resolve_deepspeed, start_accelerator
+from model_shape import KIMI_LINEAR_48B, ModelShape
+from phase_profiler import PhaseProfiler
 from run_log import RunLog, git_commit, human_count, say, versions
 from step_guard import StepGuard
 from step_meter import Meter
+from zero3_memory import set_allocator
 
 MAX_SKIPS_IN_A_ROW = 5
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "fla-core", "flash-attn-4", "triton", "numpy", "wandb")
@@ -54,7 +57,7 @@ PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "fla-core", "fla
 
 def main() -> int:
     config = load_config()
-    memory_utils.set_allocator()
+    set_allocator()
 
     # --- check everything that can be checked without a GPU, a process group or the weights
     world_size = world_size_of(config)
@@ -128,23 +131,23 @@ def open_data(config: TrainConfig):
         return None
 
 
-def model_shape(config: TrainConfig) -> memory_utils.ModelShape:
+def model_shape(config: TrainConfig) -> ModelShape:
     """Shapes for planning and FLOPs, without loading weights; the released model's where only its Hub name is given."""
     if config.model_config:
-        return memory_utils.ModelShape.from_config_dict(read_json(config.model_config))
+        return ModelShape.from_config_dict(read_json(config.model_config))
     local = Path(config.model_name_or_path) / "config.json"
     if local.is_file():
-        return memory_utils.ModelShape.from_config_dict(read_json(str(local)))
+        return ModelShape.from_config_dict(read_json(str(local)))
     if Path(config.model_name_or_path).exists() or config.model_name_or_path.startswith((".", "/")):
         raise UserError(f"model_name_or_path: {config.model_name_or_path!r} has no config.json")
     if config.model_name_or_path != HUB_MODEL:
         say(f"plan: {config.model_name_or_path} is planned with the shapes of {HUB_MODEL}")
-    return memory_utils.KIMI_LINEAR_48B
+    return KIMI_LINEAR_48B
 
 
 def make_plan(config: TrainConfig, shape, processes: int, dataset):
     gpu, memory_gib = found_gpu()
-    return memory_utils.plan_run(
+    return run_plan.plan_run(
         config,
         shape,
         num_gpus=processes,
@@ -412,10 +415,10 @@ def train(config: TrainConfig, deepspeed_json: str, dataset, schedule, shape, pl
         loader = data_loader.WindowLoader(dataset, schedule, seed=config.seed, rank=rank)
         if config.replay_step is None:
             loader.begin(resume[1].step if resume else 0)
-        profiler = memory_utils.PhaseProfiler()
+        profiler = PhaseProfiler()
         with profiler.phase("load"):
             engine, fp32 = build(config, deepspeed_json, dataset, plan, model_config, accelerator, resume, log)
-        loaded = memory_utils.phases_text(profiler.peaks)
+        loaded = run_plan.phases_text(profiler.peaks)
         log.line(f"model and optimizer ready in {profiler.peaks['load'].seconds:.1f} s; {loaded}")
         progress = Progress()
         guard = StepGuard(norm_factor=config.spike_factor, loss_factor=config.loss_spike_factor)
@@ -608,7 +611,7 @@ class Run:
     """What watches over a step: who must know its phase, what may stop it, what is being saved meanwhile."""
 
     watch: watchdog.Watchdog
-    profiler: memory_utils.PhaseProfiler
+    profiler: PhaseProfiler
     stop: StopSignal
     saver: object
     guard: StepGuard

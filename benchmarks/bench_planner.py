@@ -31,9 +31,9 @@ sys.path.insert(0, str(ROOT))
 import bench_engine  # noqa: E402
 from portable_text import portable  # noqa: E402
 
-import memory_utils  # noqa: E402
+import run_plan  # noqa: E402
 from config import load_config, read_json  # noqa: E402
-from hardware import found_gpus  # noqa: E402
+from hardware import found_gpus, host_memory  # noqa: E402
 from model_shape import ModelShape  # noqa: E402
 from run_log import git_commit, versions  # noqa: E402
 from zero3_memory import ZeroSettings, set_allocator  # noqa: E402
@@ -105,7 +105,7 @@ def environment() -> dict:
         "versions": versions(packages),
         "gpus": found_gpus(),
         "cores": os.cpu_count(),
-        "host_gib": memory_utils.host_memory() / GIB,
+        "host_gib": host_memory() / GIB,
     }
 
 
@@ -148,7 +148,7 @@ def run_case(case: Case) -> dict:
             said = [line for line in text.splitlines() if "rror" in line]
             measured["log"] = [*text.splitlines()[-30:], *said[:1]]
     machine = {"num_gpus": case.processes, "gpu": None, "gpu_memory_gib": None}
-    machine |= {"host_memory_gib": memory_utils.host_memory() / GIB}
+    machine |= {"host_memory_gib": host_memory() / GIB}
     allocator = {name: environ[name] for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF") if name in environ}
     return {"case": asdict(case), "machine": machine, "allocator": allocator, "measured": measured}
 
@@ -219,7 +219,7 @@ class Point:
     source: str
     tokens: int
     tiles: str
-    plan: memory_utils.StagePlan
+    plan: run_plan.StagePlan
     gpu_reserved: float | None
     gpu_allocated: float | None
     host: float | None
@@ -314,18 +314,16 @@ def point_of(record: dict) -> Point:
         config = load_config(words)
     zero = ZeroSettings.from_json(record.get("deepspeed", read_json(ds)), bf16=config.bf16)
     shape = ModelShape.from_config_dict(case.model)
-    plan = memory_utils.plan_run(config, shape, zero=zero, environ=record["allocator"], **record["machine"])
+    plan = run_plan.plan_run(config, shape, zero=zero, environ=record["allocator"], **record["machine"])
     at = [stage.seq_length for stage in plan.stages].index(case.seq_length)
     stage, step = plan.stages[at], engine_step(config, shape, zero, plan, case.seq_length)
     used = measured.get("engine")
     if (
         used and "layer inputs on the host" in used and step.stream == "gpu"
     ):  # today it would stay on the GPU: ask for what ran
-        there = memory_utils.plan_run(
-            replace(config, offload="host"), shape, zero=zero, environ={}, **record["machine"]
-        )
+        there = run_plan.plan_run(replace(config, offload="host"), shape, zero=zero, environ={}, **record["machine"])
         step = engine_step(config, shape, zero, there, case.seq_length)
-        stage = memory_utils.with_reserve([*plan.stages[:at], there.stages[at]], plan.machine.gpu_limit)[-1]
+        stage = run_plan.with_reserve([*plan.stages[:at], there.stages[at]], plan.machine.gpu_limit)[-1]
     tiles = f"{step.segment_tokens // 1024}K / {step.heads_per_group} / {step.token_tile // 1024}K" if on_gpu else ""
     return Point(
         name=case.name,
@@ -342,8 +340,8 @@ def point_of(record: dict) -> Point:
     )
 
 
-def engine_step(config, shape: ModelShape, zero: ZeroSettings, plan: memory_utils.Plan, tokens: int):
-    return memory_utils.engine_step(config, shape, zero, plan.machine, plan.engine, tokens)
+def engine_step(config, shape: ModelShape, zero: ZeroSettings, plan: run_plan.Plan, tokens: int):
+    return run_plan.engine_step(config, shape, zero, plan.machine, plan.engine, tokens)
 
 
 def table(points: list[Point]) -> str:

@@ -16,13 +16,17 @@ from tiny import CONFIG as TINY
 
 import engine_plan
 import memory_utils
+import plan_changes
+import plan_picture
+import run_plan
 import zero3_memory
 from config import TrainConfig, UserError, cross_check, load_config, read_json, read_yaml
-from hardware import RATES, attention_rates, find_gpu, found_gpus
+from hardware import RATES, attention_rates, find_gpu, found_gpus, peak_flops
 from kernels import REFERENCE_CHUNK
-from memory_utils import KIMI_LINEAR_48B, plan_run, suggest
-from model_shape import ModelShape, forward_flops, model_flops_per_step
+from model_shape import KIMI_LINEAR_48B, ModelShape, forward_flops, model_flops_per_step
 from phase_profiler import PhasePeak, PhaseProfiler
+from plan_changes import suggest
+from run_plan import plan_run
 from zero3_memory import PinnedPool, ZeroSettings, zero_memory
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -183,9 +187,9 @@ def test_cards_of_this_machine_come_from_the_driver(tmp_path, monkeypatch):
 
 
 def test_an_unknown_card_has_no_figures():
-    assert memory_utils.peak_flops("NVIDIA GeForce RTX 9999") is None
-    assert memory_utils.peak_flops("NVIDIA H100 80GB HBM3 MIG 1g.10gb") is None
-    assert memory_utils.peak_flops("NVIDIA H100 80GB HBM3") == 989.4e12
+    assert peak_flops("NVIDIA GeForce RTX 9999") is None
+    assert peak_flops("NVIDIA H100 80GB HBM3 MIG 1g.10gb") is None
+    assert peak_flops("NVIDIA H100 80GB HBM3") == 989.4e12
     config = load_config(["--config", "config_h100_2x.yaml"])
     with pytest.raises(UserError, match=r"'rtx9999' is in no table here; give its memory with --gpu_memory_gib"):
         plan_run(config, KIMI_LINEAR_48B, num_gpus=2, gpu="rtx9999", gpu_memory_gib=None, host_memory_gib=2048)
@@ -214,7 +218,7 @@ def test_attention_rates_between_measured_lengths():
 def test_step_time_by_hand():
     """One 2M sequence of the whole model: 1,824 s of attention and 160 s of everything else on an H100."""
     zero = ZeroSettings.from_json(read_json("deepspeed_config_h100.json"), bf16=True)
-    seconds = memory_utils.step_seconds(
+    seconds = run_plan.step_seconds(
         KIMI_LINEAR_48B,
         zero,
         find_gpu("h100"),
@@ -395,12 +399,12 @@ def _free_port() -> int:
 
 def test_engine_terms_are_the_engines_own():
     config, _, plan = planned("config_h100_2x.yaml")
-    zero = memory_utils.read_zero(config)
-    shape = memory_utils.engine_shape(KIMI_LINEAR_48B)
-    longest = memory_utils.engine_step(config, KIMI_LINEAR_48B, zero, plan.machine, plan.engine, T)
+    zero = run_plan.read_zero(config)
+    shape = run_plan.engine_shape(KIMI_LINEAR_48B)
+    longest = run_plan.engine_step(config, KIMI_LINEAR_48B, zero, plan.machine, plan.engine, T)
     pinned = engine_plan.engine_buffers(shape, T, longest)
     for stage in plan.stages:
-        step = memory_utils.engine_step(config, KIMI_LINEAR_48B, zero, plan.machine, plan.engine, stage.seq_length)
+        step = run_plan.engine_step(config, KIMI_LINEAR_48B, zero, plan.machine, plan.engine, stage.seq_length)
         buffers = engine_plan.engine_buffers(shape, stage.seq_length, step)
         ours = sum(size for term, size in stage.memory.gpu.items() if term in {b.name for b in buffers})
         assert ours == engine_plan.peak_bytes(buffers, "gpu")
@@ -458,10 +462,10 @@ def test_expandable_segment_by_hand():
 def test_frozen_experts_have_no_gradients_on_the_gpu():
     """256 experts x 3 x 2304 x 1024 weights of a layer: their sum in fp32 is not there in KDA's backward, in bf16 not in
     attention's, and a tile's own gradients (later of them gate, up and down, 6 rows less of width 1024) not in the MLP's."""
-    shape, experts = memory_utils.engine_shape(KIMI_LINEAR_48B), 256 * 3 * 2304 * 1024
+    shape, experts = run_plan.engine_shape(KIMI_LINEAR_48B), 256 * 3 * 2304 * 1024
     zero = ZeroSettings()
     config, machine, plan = planned("config_h100_2x.yaml")
-    step = memory_utils.engine_step(config, KIMI_LINEAR_48B, zero, plan.machine, plan.engine, T)
+    step = run_plan.engine_step(config, KIMI_LINEAR_48B, zero, plan.machine, plan.engine, T)
     sums = {}
     for frozen in (False, True):
         buffers = engine_plan.engine_buffers(shape, T, step, frozen_experts=frozen)
@@ -506,9 +510,9 @@ def test_reserve_grows_from_stage_to_stage_up_to_the_limit():
     machine = {"num_gpus": 1, "gpu": "h100", "gpu_memory_gib": 72, "host_memory_gib": 512}
     plan = plan_run(dataclasses.replace(config, num_train_steps=3), shape, zero=shipped, **machine)
     first, second, third = (stage.gpu_reserve for stage in plan.stages)
-    assert first < second == third <= 72 * GIB - memory_utils.GPU_CONTEXT
+    assert first < second == third <= 72 * GIB - run_plan.GPU_CONTEXT
     idle = sum(plan.stages[0].memory.idle.values())
-    assert first == plan.stages[0].gpu_bytes + idle - memory_utils.GPU_CONTEXT
+    assert first == plan.stages[0].gpu_bytes + idle - run_plan.GPU_CONTEXT
 
 
 RUNS = sorted((ROOT / "benchmarks/results").glob("engine_*_h100.json"))
@@ -545,7 +549,7 @@ def test_engine_shape_is_the_one_the_model_gives():
     config = KimiLinearConfig(**{k: v for k, v in TINY.items() if k not in ("model_type", "architectures")})
     with torch.device("meta"):
         model = KimiLinearForCausalLM(config)
-    ours = memory_utils.engine_shape(ModelShape.from_config_dict(TINY))
+    ours = run_plan.engine_shape(ModelShape.from_config_dict(TINY))
     assert kimi_model._model_parts(model).shape == ours
 
 
@@ -621,7 +625,7 @@ def test_each_suggestion_says_what_it_frees():
 def test_longest_length_that_fits():
     config, machine, _ = planned("config_h100_2x.yaml", trainable="no_experts")
     machine["host_memory_gib"] = 480
-    longest = memory_utils.longest_that_fits(config, KIMI_LINEAR_48B, **machine)
+    longest = plan_changes.longest_that_fits(config, KIMI_LINEAR_48B, **machine)
     fits = lambda n: plan_run(dataclasses.replace(config, curriculum=f"0:{n}"), KIMI_LINEAR_48B, **machine).fits  # noqa: E731
     assert 1048576 <= longest < T and longest % 65536 == 0
     assert fits(longest) and not fits(longest + 65536)
@@ -704,10 +708,10 @@ def test_stages_that_are_never_reached_do_not_count():
 def test_budget_buys_a_share_of_every_stage():
     config, _, plan = planned("config_h100_2x.yaml", gpu_hour_usd=2.5)
     assert plan.cost_usd == pytest.approx(plan.total_seconds / 3600 * 2 * 2.5)
-    text = memory_utils.budget_schedule(config, plan, hours=plan.total_seconds / 3600 / 10)
+    text = plan_changes.budget_schedule(config, plan, hours=plan.total_seconds / 3600 / 10)
     assert "(250 steps of 4.19M tokens at 1,048,576; " in text
     assert '--num_train_steps 3000 --curriculum "0:1048576,250:1310720,500:1572864,750:1835008,1000:2097152"' in text
-    assert "buy no step of each stage" in memory_utils.budget_schedule(config, plan, hours=0.1)
+    assert "buy no step of each stage" in plan_changes.budget_schedule(config, plan, hours=0.1)
 
 
 def test_demo_on_the_cpu():
@@ -774,10 +778,11 @@ def test_command_without_a_gpu_asks_for_its_name_unless_the_model_is_small():
 
 def test_a_plan_needs_no_torch():
     code = (
-        "import sys, memory_utils as m; from config import load_config;"
+        "import sys, memory_utils, run_plan; from config import load_config; from phase_profiler import PhaseProfiler;"
+        "from model_shape import KIMI_LINEAR_48B;"
         "c = load_config(['--config', 'config_h100_2x.yaml']);"
-        "p = m.plan_run(c, m.KIMI_LINEAR_48B, num_gpus=2, gpu='h100', gpu_memory_gib=None, host_memory_gib=480);"
-        "p.text(); m.PhaseProfiler(); print(sorted(set(sys.modules) & {'torch', 'numpy', 'transformers', 'matplotlib'}))"
+        "p = run_plan.plan_run(c, KIMI_LINEAR_48B, num_gpus=2, gpu='h100', gpu_memory_gib=None, host_memory_gib=480);"
+        "p.text(); PhaseProfiler(); print(sorted(set(sys.modules) & {'torch', 'numpy', 'transformers', 'matplotlib'}))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "[]"
@@ -786,7 +791,7 @@ def test_a_plan_needs_no_torch():
 def test_picture_is_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     config, machine, plan = planned("config_h100_2x.yaml")
-    memory_utils.draw(config, KIMI_LINEAR_48B, plan, str(tmp_path / "memory.png"), **machine)
+    plan_picture.draw(config, KIMI_LINEAR_48B, plan, str(tmp_path / "memory.png"), **machine)
     assert (tmp_path / "memory.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
@@ -838,7 +843,7 @@ def test_predicted_beside_measured():
     stage = plan.stages[0]
     reserved, process = int(1.1 * stage.gpu_reserve), stage.host_bytes // 4
     backward = PhasePeak(gpu_allocated=GIB, gpu_reserved=reserved, process=process)
-    text = memory_utils.compare_text(plan, 1048576, {"forward": PhasePeak(process=GIB), "backward": backward})
+    text = run_plan.compare_text(plan, 1048576, {"forward": PhasePeak(process=GIB), "backward": backward})
     first, second = text.splitlines()
     assert re.fullmatch(
         r"memory of this rank at 1,048,576 tokens: GPU predicted [\d.]+, measured [\d.]+ GiB \(\+10\.0%\); "
@@ -854,7 +859,7 @@ def test_predicted_beside_measured():
 def test_no_gpu_is_compared_where_none_was_used():
     """A limit may be planned for (--gpu_memory_gib) on a machine without a card."""
     _, _, plan = planned("config_h100_2x.yaml")
-    text = memory_utils.compare_text(plan, 1048576, {"backward": PhasePeak(process=GIB)})
+    text = run_plan.compare_text(plan, 1048576, {"backward": PhasePeak(process=GIB)})
     assert text == (
         "memory of this rank at 1,048,576 tokens: process 1.00 GiB, on the CPU; the plan is one for a GPU, so there is nothing "
         "to compare\n  peaks per phase, GiB (process): backward 1.00"
