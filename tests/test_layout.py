@@ -53,6 +53,12 @@ def test_no_raw_result_names_a_path_of_the_machine_it_was_made_on():
         assert found is None, f"{path.name}: {found[0]}"
 
 
+def test_the_flash_attn_4_that_is_installed_is_the_one_that_is_accepted():
+    from kernels import FLASH4_PIN
+
+    assert f"flash-attn-4[cu13]=={FLASH4_PIN}\n" in (ROOT / "requirements-hopper.txt").read_text()
+
+
 def test_nothing_imports_the_trainer():
     assert not [name for name, path in MODULES.items() if "train_continual_2m" in imports_of(path)]
 
