@@ -20,9 +20,7 @@ from model_shape import KIMI_LINEAR_48B, ModelShape
 from plan_changes import budget_schedule, suggest
 from plan_picture import draw
 from run_plan import CPU_PARAMETERS, plan_run
-from zero3_memory import (
-    set_allocator,
-)
+from zero3_memory import set_allocator
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -169,9 +169,11 @@ def registers(name: str) -> dict:
 
 def cuobjdump() -> str:
     """CUDA's own, or the one that triton brings."""
+    if found := shutil.which("cuobjdump"):
+        return found
     import triton
 
-    return shutil.which("cuobjdump") or str(Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump")
+    return str(Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump")
 
 
 def compile_only(names: list[str]) -> list[dict]:

@@ -1,6 +1,6 @@
 """What host memory costs the engine: the same step with its long tensors on the GPU and in pinned host memory.
 
-    python benchmarks/bench_offload.py --out benchmarks/results/engine_offload_h100.json
+    python benchmarks/bench_offload.py --lengths 131072,262144 --repeat 2 --out benchmarks/results/offload_h100.json
 
 Two MLA layers of the real shapes (32 heads, MoE of 16 experts), forward and backward without an optimizer, at lengths where
 both placements fit one 80 GB card. Each placement is run once to compile and pin, then `--repeat` times, turn by turn; times

@@ -59,6 +59,18 @@ def test_the_flash_attn_4_that_is_installed_is_the_one_that_is_accepted():
     assert f"flash-attn-4[cu13]=={FLASH4_PIN}\n" in (ROOT / "requirements-hopper.txt").read_text()
 
 
+def test_the_readme_says_what_each_file_is():
+    text = (ROOT / "README.md").read_text()
+    assert not [name for name in MODULES if f"`{name}.py`" not in text]
+
+
+def test_every_raw_result_has_the_command_that_makes_it():
+    results = ROOT / "benchmarks/results"
+    text = (results / "README.md").read_text()
+    named = set(re.findall(r"`(\w+\.(?:jsonl?|txt))`", text))
+    assert named == {path.name for path in results.iterdir()} - {"README.md"}
+
+
 def test_nothing_imports_the_trainer():
     assert not [name for name, path in MODULES.items() if "train_continual_2m" in imports_of(path)]
 
